@@ -1,0 +1,5 @@
+"""`python -m galembed`."""
+
+from galembed.cli import main
+
+main()

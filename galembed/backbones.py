@@ -1,0 +1,339 @@
+"""Backbones on disk: a directory of JSON, safetensors and engines. No pickle, no torch.
+
+::
+
+    backbone/
+        backbone.json          architecture, input contract, questions, identities, how it was made
+        weights.safetensors    encoder.*, head.*, precision.*, centring_mean
+        samples.safetensors    a few inputs for both doors, to check engines on
+        engines/               one file and one report per engine
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from galembed.errors import ArtifactMismatch, ArtifactNotFound, BadRequest
+from galembed.mappings import LuptonMapping
+from galembed.questions import QuestionTree
+
+GEOMETRY_VERSION: Final = 1
+"""Version of cutting, resampling and of the NaN and mask policy (`galembed.cutouts`); part of the identity."""
+
+BUILTIN: Final = "builtin"
+"""The word that names the packaged backbone wherever a backbone's path is asked for."""
+
+
+@dataclass(frozen=True)
+class FieldOfView:
+    """Side of a cutout: a multiple of the half-light radius, or fixed.
+
+    Attributes
+    ----------
+    radii : float
+        Side in half-light radii (major axis); 0 for a fixed field.
+    min_arcsec, max_arcsec : float
+        Limits of the side; a fixed field has them equal.
+    """
+
+    radii: float
+    min_arcsec: float
+    max_arcsec: float
+
+    def side_arcsec(self, size_arcsec: float | None) -> float | None:
+        """Return the side in arcsec, or None where it follows the source's size and that is unknown."""
+        if self.min_arcsec == self.max_arcsec:
+            return self.min_arcsec
+        if size_arcsec is None or not np.isfinite(size_arcsec):
+            return None
+        return float(np.clip(self.radii * size_arcsec, self.min_arcsec, self.max_arcsec))
+
+
+@dataclass(frozen=True)
+class InputContract:
+    """What a backbone's two doors take.
+
+    Attributes
+    ----------
+    size : int
+        Pixels on a side.
+    field_of_view : FieldOfView
+    mapping : LuptonMapping
+        Flux (nJy per (0.262 arcsec)^2, bands blue, green, red) to display channels.
+    mean, std : tuple of 3 floats
+        Normalisation of the [0, 1] channels.
+    row_order : str
+        ``bottom_first``: row 0 is the bottom of the picture, as in FITS; JPEG and PNG are flipped on reading.
+    """
+
+    size: int
+    field_of_view: FieldOfView
+    mapping: LuptonMapping
+    mean: tuple[float, float, float] = (0.2, 0.2, 0.2)
+    std: tuple[float, float, float] = (0.2, 0.2, 0.2)
+    row_order: str = "bottom_first"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready form."""
+        return asdict(self) | {"mapping": self.mapping.to_dict(), "mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> InputContract:
+        """Read what `to_dict` writes."""
+        mean, std = (tuple(map(float, data[name])) for name in ("mean", "std"))
+        return cls(
+            size=int(data["size"]),
+            field_of_view=FieldOfView(**data["field_of_view"]),
+            mapping=LuptonMapping.from_dict(data["mapping"]),
+            mean=mean,  # type: ignore[arg-type]
+            std=std,  # type: ignore[arg-type]
+            row_order=str(data["row_order"]),
+        )
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A backbone directory, read and checked.
+
+    Attributes
+    ----------
+    path : Path
+    name, architecture : str
+    architecture_args : mapping
+    contract : InputContract
+    questions : QuestionTree or None
+        What the head answers.
+    dim : int
+        Length of the vector.
+    embedding_id, head_id : str
+        SHA-256, hex; `head_id` is empty without a head.
+    provenance : mapping
+        The command, seed, versions and data that made it.
+    """
+
+    path: Path
+    name: str
+    architecture: str
+    architecture_args: Mapping[str, Any]
+    contract: InputContract
+    questions: QuestionTree | None
+    dim: int
+    embedding_id: str
+    head_id: str
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """Vote columns that the head predicts, in its order."""
+        return self.questions.columns if self.questions else ()
+
+    @property
+    def engines(self) -> Path:
+        """Folder of exported engines. The packaged backbone's are kept in the user's cache, by identity."""
+        if self.path == builtin_path():
+            cache = os.environ.get("GALEMBED_CACHE") or Path.home() / ".cache" / "galembed"
+            return Path(cache) / "engines" / self.embedding_id[:16]
+        return self.path / "engines"
+
+    def weights(self) -> dict[str, NDArray[np.float32]]:
+        """Return all weights as float32, checked against the identities on record.
+
+        Raises
+        ------
+        ArtifactMismatch
+            If the weights, or backbone.json, are not the ones that the identities were made from.
+        """
+        weights = load_weights(self.path / "weights.safetensors")
+        found = embedding_identity(weights, self.architecture, self.architecture_args, self.contract)
+        if found != self.embedding_id or head_identity(weights, self.questions) != self.head_id:
+            raise ArtifactMismatch(
+                f"{self.path}: weights or backbone.json were changed after the backbone was made "
+                f"(recorded embedding_id {self.embedding_id[:12]}, found {found[:12]}); restore the directory"
+            )
+        return weights
+
+    def samples(self) -> dict[str, NDArray[Any]]:
+        """Return stored example inputs: `flux` (n, 3, size, size) float32 and `display` (n, 3, size, size) uint8."""
+        path = self.path / "samples.safetensors"
+        if not path.exists():
+            raise ArtifactNotFound(f"{path} is missing: the backbone has no sample inputs to check engines on")
+        samples: dict[str, NDArray[Any]] = load_file(path)
+        return samples
+
+
+def builtin_path() -> Path:
+    """Return the directory of the packaged backbone."""
+    return Path(str(resources.files("galembed") / "builtin"))
+
+
+def load_backbone(path: str | Path = BUILTIN) -> Backbone:
+    """Read a backbone's description; the weights are read when asked for.
+
+    Parameters
+    ----------
+    path : str or Path
+        A backbone directory, or ``builtin``.
+
+    Raises
+    ------
+    ArtifactNotFound
+        If there is no backbone.json.
+    ArtifactMismatch
+        If backbone.json cannot be read.
+    """
+    directory = builtin_path() if str(path) == BUILTIN else Path(path).resolve()
+    file = directory / "backbone.json"
+    if not file.exists():
+        raise ArtifactNotFound(
+            f"no backbone in {directory} (backbone.json is missing); make one with `galembed train`, "
+            f"or leave the option out to use the built-in one"
+        )
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        return Backbone(
+            path=directory,
+            name=data["name"],
+            architecture=data["architecture"],
+            architecture_args=data["architecture_args"],
+            contract=InputContract.from_dict(data["input"]),
+            questions=QuestionTree.from_dict(data["questions"]) if data["questions"] else None,
+            dim=int(data["dim"]),
+            embedding_id=data["embedding_id"],
+            head_id=data["head_id"],
+            provenance=data["provenance"],
+        )
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ArtifactMismatch(f"{file} is not a backbone description: {error!r}; restore it") from error
+
+
+def save_backbone(
+    path: str | Path,
+    *,
+    name: str,
+    architecture: str,
+    architecture_args: Mapping[str, Any],
+    contract: InputContract,
+    questions: QuestionTree | None,
+    weights: Mapping[str, NDArray[Any]],
+    samples: Mapping[str, NDArray[Any]],
+    provenance: Mapping[str, Any],
+    half: bool = False,
+) -> Backbone:
+    """Write a backbone directory and read it back.
+
+    Parameters
+    ----------
+    path : str or Path
+        Made if absent; must not hold a backbone already.
+    weights : mapping of str to ndarray
+        `encoder.*`, `centring_mean` and, with questions, `head.*` and `precision.*`.
+    samples : mapping of str to ndarray
+        `flux` and `display`, as `Backbone.samples` returns them.
+    half : bool
+        Store floating-point weights as float16; identities are those of the rounded weights.
+
+    Raises
+    ------
+    BadRequest
+        If `path` holds a backbone.
+    """
+    directory = Path(path)
+    if (directory / "backbone.json").exists():
+        raise BadRequest(f"{directory} already holds a backbone; choose another --out or remove it")
+    directory.mkdir(parents=True, exist_ok=True)
+    dtype = np.float16 if half else np.float32
+    stored = {
+        key: np.ascontiguousarray(value, dtype=dtype if value.dtype.kind == "f" else value.dtype)
+        for key, value in weights.items()
+    }
+    save_file(stored, directory / "weights.safetensors")
+    save_file({key: np.ascontiguousarray(value) for key, value in samples.items()}, directory / "samples.safetensors")
+    rounded = load_weights(directory / "weights.safetensors")
+    description = {
+        "format": 1,
+        "name": name,
+        "architecture": architecture,
+        "architecture_args": dict(architecture_args),
+        "input": contract.to_dict(),
+        "questions": questions.to_dict() if questions else None,
+        "dim": int(rounded["centring_mean"].shape[0]),
+        "embedding_id": embedding_identity(rounded, architecture, architecture_args, contract),
+        "head_id": head_identity(rounded, questions),
+        "provenance": dict(provenance),
+    }
+    # The description goes last: a directory without it is not a backbone, whatever a killed run left there.
+    partial = directory / "backbone.json.partial"
+    partial.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    partial.replace(directory / "backbone.json")
+    return load_backbone(directory)
+
+
+def load_weights(file: Path) -> dict[str, NDArray[Any]]:
+    """Read a safetensors file, floating-point arrays as float32.
+
+    Raises
+    ------
+    ArtifactNotFound
+        If the file is absent.
+    ArtifactMismatch
+        If it is not a whole safetensors file.
+    """
+    if not file.exists():
+        raise ArtifactNotFound(f"{file} is missing; the backbone directory is not whole")
+    try:
+        arrays = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ArtifactMismatch(f"{file} is damaged: {error}; restore it") from error
+    return {key: array.astype(np.float32) if array.dtype.kind == "f" else array for key, array in arrays.items()}
+
+
+def embedding_identity(
+    weights: Mapping[str, NDArray[Any]],
+    architecture: str,
+    architecture_args: Mapping[str, Any],
+    contract: InputContract,
+) -> str:
+    """Return the SHA-256 (hex) of all that a vector depends on; question heads are left out."""
+    encoder = {key: value for key, value in weights.items() if key.startswith(("encoder.", "centring_mean"))}
+    facts = {
+        "architecture": architecture,
+        "architecture_args": dict(architecture_args),
+        "input": contract.to_dict(),
+        "geometry_version": GEOMETRY_VERSION,
+    }
+    return _digest(encoder, facts)
+
+
+def head_identity(weights: Mapping[str, NDArray[Any]], questions: QuestionTree | None) -> str:
+    """Return the SHA-256 (hex) of the question head, or "" without one."""
+    if questions is None:
+        return ""
+    head = {key: value for key, value in weights.items() if key.startswith(("head.", "precision."))}
+    return _digest(head, questions.to_dict())
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 (hex) of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _digest(arrays: Mapping[str, NDArray[Any]], facts: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for key in sorted(arrays):
+        array = np.ascontiguousarray(arrays[key])
+        digest.update(f"{key}:{array.dtype.str}:{array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,57 @@
+"""The `galembed` command: a group that loads a command's room when it is called, and one door for errors."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Final
+
+import click
+
+from galembed import __version__
+from galembed.errors import GalembedError
+
+COMMANDS: Final = {
+    "simulate": ("training.commands", "Simulate a small survey: bricks, cutouts, catalogue and votes."),
+    "train": ("training.commands", "Train a backbone on volunteers' votes."),
+    "export": ("export.commands", "Compile a backbone to ONNX and prove it equal."),
+    "embed": ("catalogue_jobs.commands", "Embed every source of a survey into a store."),
+    "index": ("galembed.commands", "Build a store's search indexes."),
+    "search": ("galembed.commands", "Find the galaxies that look alike."),
+    "probe": ("galembed.commands", "Classify a whole store from a few labels."),
+    "status": ("galembed.commands", "Say what a store holds."),
+}
+"""Name of each command, the module that has it, and its line in the help; kept here so that help loads nothing."""
+
+
+class LazyGroup(click.Group):
+    """Loads a command's module when it is called, and turns the library's errors into one line and exit code 1."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the commands in the order of a survey's work."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return a command, or None if there is none of that name."""
+        if cmd_name not in COMMANDS:
+            return None
+        command = getattr(importlib.import_module(COMMANDS[cmd_name][0]), cmd_name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; see the class."""
+        try:
+            return super().invoke(ctx)
+        except GalembedError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="galembed")
+def main() -> None:
+    """Galaxy morphology at catalogue scale: train, export, embed, search."""

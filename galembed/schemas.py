@@ -1,0 +1,218 @@
+"""The Arrow schemas of every table that crosses a floor, with units in the fields, and the door that checks them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+import pyarrow as pa
+
+from galembed.errors import ArtifactMismatch, SchemaMismatch
+
+STORE_FORMAT: Final = 1
+"""Version of the store's layout, written into every store."""
+
+_METADATA_KEY: Final = b"galembed"
+
+
+def _field(name: str, dtype: pa.DataType, doc: str, *, unit: str = "", nullable: bool = False) -> pa.Field:
+    metadata = {"doc": doc} | ({"unit": unit} if unit else {})
+    return pa.field(name, dtype, nullable=nullable, metadata=metadata)
+
+
+_SURVEY = _field("survey", pa.string(), "survey record name; half of the key")
+_SOURCE_ID = _field("source_id", pa.string(), "id within the survey; the other half of the key")
+_RA = _field("ra", pa.float64(), "ICRS right ascension, 0 <= ra < 360; null without a WCS", unit="deg", nullable=True)
+_DEC = _field("dec", pa.float64(), "ICRS declination; null without a WCS", unit="deg", nullable=True)
+_URI = _field("source_uri", pa.string(), "file, or tile, that holds the pixels; null if there is none", nullable=True)
+_VERSION = _field("source_version", pa.string(), "size and modification time of those files", nullable=True)
+_PARTITION = _field("partition", pa.string(), "unit of work that wrote this row: cell and hash of its keys")
+
+SOURCES: Final = pa.schema(
+    [
+        _SURVEY,
+        _SOURCE_ID,
+        _RA,
+        _DEC,
+        _field("size", pa.float64(), "half-light radius, major axis; null if unknown", unit="arcsec", nullable=True),
+        _URI,
+        _VERSION,
+    ]
+)
+"""Source list: one row per object, carried catalogue columns after these."""
+
+FAILURES: Final = pa.schema(
+    [
+        _SURVEY,
+        _SOURCE_ID,
+        _RA,
+        _DEC,
+        _URI,
+        _VERSION,
+        _field("stage", pa.string(), "list, read, cut or infer"),
+        _field("reason", pa.string(), "`reason` of the error class"),
+        _field("message", pa.string(), "what, where, what was got, what to do"),
+        _field("attempts", pa.int32(), "times this source was tried"),
+        _field("time", pa.timestamp("us", tz="UTC"), "when it last failed"),
+        _PARTITION,
+    ]
+)
+
+
+def embeddings_schema(
+    dim: int,
+    *,
+    carried: Sequence[pa.Field] = (),
+    answers: Sequence[str] = (),
+    contract: StoreContract | None = None,
+) -> pa.Schema:
+    """Return the schema of a store's `embeddings` table.
+
+    Parameters
+    ----------
+    dim : int
+        Length of the vectors.
+    carried : sequence of pa.Field
+        Catalogue columns that travel along, units in their metadata.
+    answers : sequence of str
+        Vote columns (`smooth-or-featured-dr5_smooth`); each becomes a float32 column named by `fraction_column`.
+    contract : StoreContract, optional
+        Written into the schema's metadata.
+    """
+    fractions = [
+        _field(fraction_column(answer), pa.float32(), f"predicted fraction of votes for {answer}")
+        for answer in answers
+    ]
+    fields = [
+        _SURVEY,
+        _SOURCE_ID,
+        _RA,
+        _DEC,
+        _field("_healpix_29", pa.int64(), "HEALPix index, nested, order 29 (HATS); null without ra", nullable=True),
+        _field("vector", pa.list_(pa.field("item", pa.float32(), nullable=True), dim), "centred, unit norm"),
+        _field("norm", pa.float32(), "length of the centred vector before normalising"),
+        _field("coverage", pa.float32(), "smallest fraction of pixels with data over the bands; 0 to 1"),
+        _field("fov", pa.float32(), "side of the cutout; null without a WCS", unit="arcsec", nullable=True),
+        _field("input_kind", pa.string(), "flux or display: the door this row came through"),
+        _URI,
+        _VERSION,
+        _field("engine", pa.string(), "runtime and digest of the engine that made the vector"),
+        _PARTITION,
+        *carried,
+        *fractions,
+    ]
+    metadata = {_METADATA_KEY: contract.to_json()} if contract else None
+    return pa.schema(fields, metadata=metadata)
+
+
+def fraction_column(answer: str) -> str:
+    """Return the store column of an answer's predicted vote fraction.
+
+    Galaxy Zoo's hyphens become underscores, since SQL filters read a hyphen as a minus:
+    ``smooth-or-featured-dr5_smooth`` gives ``smooth_or_featured_dr5_smooth_fraction``.
+    """
+    return answer.replace("-", "_") + "_fraction"
+
+
+@dataclass(frozen=True)
+class StoreContract:
+    """What every row of one store has in common. Fixed at the first commit, kept in the table's own schema.
+
+    Attributes
+    ----------
+    embedding_id : str
+        Identity of the backbone (SHA-256, hex).
+    backbone : str
+        Where the backbone was when the store was made; for queries by image.
+    input_kind : str
+        ``flux`` or ``display``.
+    numeric_class : str
+        ``fp32``, ``fp16`` or ``int8``.
+    bands : mapping of str to str
+        Band used for each role; empty for display images.
+    crop : float
+        Centre fraction of each image that was kept where no size was known.
+    head_id : str
+        Identity of the question head; empty without one.
+    source : str
+        Path of the survey or folder, for pictures.
+    """
+
+    embedding_id: str
+    backbone: str
+    input_kind: str
+    numeric_class: str
+    bands: Mapping[str, str] = field(default_factory=dict)
+    crop: float = 1.0
+    head_id: str = ""
+    source: str = ""
+    format: int = STORE_FORMAT
+
+    def to_json(self) -> str:
+        """Return the form kept in the schema's metadata."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_schema(cls, schema: pa.Schema) -> StoreContract:
+        """Read the contract of an `embeddings` table.
+
+        Raises
+        ------
+        ArtifactMismatch
+            If the table carries none, or one of another format version.
+        """
+        raw = (schema.metadata or {}).get(_METADATA_KEY)
+        if raw is None:
+            raise ArtifactMismatch("this table is not a galembed store: its schema carries no galembed contract")
+        data: dict[str, Any] = json.loads(raw)
+        if data.get("format") != STORE_FORMAT:
+            raise ArtifactMismatch(
+                f"the store has format {data.get('format')}, this galembed reads {STORE_FORMAT}; "
+                "use the version of galembed that wrote it"
+            )
+        return cls(**data)
+
+    def require_same(self, other: StoreContract) -> None:
+        """Check that rows made under `other` may join this store.
+
+        Raises
+        ------
+        ArtifactMismatch
+            Naming the first property that differs and what to do.
+        """
+        for name, consequence in (
+            ("embedding_id", "vectors of two backbones cannot be compared"),
+            ("input_kind", "flux and display vectors are not mixed"),
+            ("numeric_class", "numeric classes are not mixed"),
+            ("bands", "all rows of a store use the same bands"),
+            ("crop", "all rows of a store use the same centre crop"),
+        ):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                raise ArtifactMismatch(
+                    f"the store was made with {name} {mine!r}, this run has {theirs!r}: {consequence}; "
+                    "use the store's own, or another --store"
+                )
+
+
+def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Return the columns of `schema`, in its order and types.
+
+    Raises
+    ------
+    SchemaMismatch
+        If a column is missing, does not cast, or holds nulls that the schema forbids.
+    """
+    missing = [name for name in schema.names if name not in table.column_names]
+    if missing:
+        raise SchemaMismatch(f"table lacks column(s) {missing}; it has {table.column_names}")
+    table = table.select(schema.names)
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        if column.null_count and not schema.field(name).nullable:
+            raise SchemaMismatch(f"column {name!r} holds {column.null_count} null(s), which its schema forbids")
+    try:
+        return table.cast(schema)
+    except (pa.ArrowException, ValueError) as error:
+        raise SchemaMismatch(f"table does not fit its schema: {error}") from error

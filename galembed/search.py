@@ -1,0 +1,351 @@
+"""Searching a store: filters checked before they run, cones on the sky, hits as an astropy table, indexes."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import astropy.units as u
+import numpy as np
+import pyarrow as pa
+from astropy.table import Column, MaskedColumn, Table
+from astropy_healpix import HEALPix
+from numpy.typing import NDArray
+
+from galembed.errors import BadRequest
+from galembed.sky import HEALPIX_ORDER
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from galembed.store import Store
+
+EXACT_BELOW: Final = 100_000
+"""Rows up to which a store is searched exactly: a scan then takes a fraction of a second and misses nothing."""
+
+HIT_COLUMNS: Final = ("survey", "source_id", "ra", "dec", "fov")
+"""Store columns of every hit; the carried columns follow."""
+
+
+class Hits(Table):
+    """What a search found, nearest first: an astropy table.
+
+    Columns: `similarity` (cosine, 1 = the same direction), `distance` (1 - similarity), `survey`, `source_id`, `ra` and
+    `dec` (deg), `fov` (arcsec), then the store's carried columns with their units; missing values are masked.
+    `meta` holds `store` (its path), `query` (keys of the sources asked about, empty for a vector), and `where` and
+    `cone` as asked, or "".
+    """
+
+    def show(self, file: str | Path | None = None, columns: Sequence[str] = ()) -> Figure:
+        """Draw the hits, after the sources they were asked for.
+
+        Parameters
+        ----------
+        file : str or Path, optional
+            Where to save the picture; the suffix (.png, .pdf, ...) gives the format.
+        columns : sequence of str
+            Columns of this table to write under each picture.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+
+        Raises
+        ------
+        BadRequest
+            If one of `columns` is not here, or `file` has a suffix that matplotlib does not write.
+        """
+        from galembed.pictures import hits_figure, save_figure
+
+        figure = hits_figure(self, columns=columns)
+        if file is not None:
+            save_figure(figure, file)
+        return figure
+
+
+def arrow_columns(table: pa.Table) -> list[Column]:
+    """Return an Arrow table's columns as astropy columns: units and descriptions kept, nulls masked."""
+    return [
+        _column(field, table.column(position).combine_chunks()) for position, field in enumerate(table.schema)
+    ]
+
+
+def _column(field: pa.Field, values: pa.Array) -> Column:
+    metadata = {key.decode(): text.decode() for key, text in (field.metadata or {}).items()}
+    unit = u.Unit(metadata["unit"], parse_strict="silent") if metadata.get("unit") else None
+    common = {"name": field.name, "unit": unit, "description": metadata.get("doc") or None}
+    if pa.types.is_fixed_size_list(field.type):
+        return Column(values.flatten().to_numpy(zero_copy_only=False).reshape(len(values), -1), **common)
+    text = pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
+    if not values.null_count:
+        data = values.to_numpy(zero_copy_only=False)
+        return Column(data.astype(str) if text else data, **common)
+    missing = values.is_null().to_numpy(zero_copy_only=False)
+    filled = values.fill_null("" if text else pa.scalar(0).cast(field.type)).to_numpy(zero_copy_only=False)
+    return MaskedColumn(filled.astype(str) if text else filled, mask=missing, **common)
+
+
+# ---------------------------------------------------------------------------------------------------------- filters
+
+_TOKEN = re.compile(
+    r"""(?P<space>\s+)
+      | (?P<comment>--|/\*)
+      | (?P<text>'(?:[^']|'')*')
+      | (?P<quoted>`[^`]+`|"[^"]+")
+      | (?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)
+      | (?P<word>[^\W\d]\w*)
+      | (?P<sign><=|>=|<>|!=|==|\|\||::|[-+*/%=<>(),.\[\]])""",
+    re.VERBOSE,
+)
+
+_SQL_WORDS = frozenset(
+    "and or not in is null like ilike escape between true false case when then else end cast try_cast as date "
+    "timestamp interval similar to distinct from nan div unknown".split()
+)
+
+
+def check_where(where: str, columns: Iterable[str]) -> str:
+    """Return a filter that is one SQL expression over known columns.
+
+    Parameters
+    ----------
+    where : str
+        For instance ``mag_r < 19 AND survey = 'legacy'``. Columns whose names are not plain words go in backticks.
+    columns : iterable of str
+        The store's columns; case does not matter, as in SQL.
+
+    Raises
+    ------
+    BadRequest
+        If it is empty, more than one expression, a query of its own, or names a column that the store lacks (the
+        nearest names are given).
+    """
+    tokens = list(_tokens(where))
+    if not tokens:
+        raise BadRequest("the filter (where) is empty; leave it out to search every row")
+    _check_brackets(where, [text for _, text in tokens])
+    names = list(columns)
+    known = {name.lower() for name in names}
+    for position, (kind, text) in enumerate(tokens):
+        following = tokens[position + 1][1] if position + 1 < len(tokens) else ""
+        before = tokens[position - 1][1].lower() if position else ""
+        if kind == "word" and text.lower() == "select":
+            raise BadRequest(f"filter {where!r} holds a query of its own (SELECT); give one expression over columns")
+        is_word = kind == "word" and following != "(" and before not in ("as", "::")
+        if (kind == "quoted" and text.strip('`"').lower() not in known) or (
+            is_word and text.lower() not in known and text.lower() not in _SQL_WORDS
+        ):
+            raise BadRequest(_unknown_column(where, text, names))
+    return where
+
+
+def _tokens(where: str) -> Iterable[tuple[str, str]]:
+    position = 0
+    while position < len(where):
+        match = _TOKEN.match(where, position)
+        if match is None or match.lastgroup == "comment":
+            what = "a comment" if match else f"{where[position]!r}"
+            raise BadRequest(f"filter {where!r} holds {what} at character {position + 1}; give one SQL expression")
+        if match.lastgroup != "space":
+            yield str(match.lastgroup), match.group()
+        position = match.end()
+
+
+def _check_brackets(where: str, tokens: list[str]) -> None:
+    depth = 0
+    for token in tokens:
+        depth += (token == "(") - (token == ")")
+        if depth < 0:
+            break
+    if depth:
+        raise BadRequest(f"filter {where!r} has brackets that do not match")
+
+
+def _unknown_column(where: str, text: str, names: list[str]) -> str:
+    name = text.strip('`"')
+    by_lower = {known.lower(): known for known in names}
+    near = [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)]
+    message = f"filter {where!r}: the store has no column {name!r}"
+    message += f"; did you mean {', '.join(near)}?" if near else f"; it has {', '.join(names)}"
+    if text.startswith('"'):
+        message += " (text goes in single quotes)"
+    elif any(re.split(r"\W", known)[0] == name and not known.isidentifier() for known in names):
+        message += " (names that are not plain words go in backticks)"
+    return message
+
+
+def text_literal(text: str) -> str:
+    """Return `text` as an SQL string."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def any_of(column: str, values: Iterable[str]) -> str:
+    """Return the filter that keeps rows whose text `column` is one of `values`."""
+    return f"{column} IN ({', '.join(text_literal(value) for value in values)})"
+
+
+def cone_filter(cone: Sequence[float]) -> str:
+    """Return the filter that keeps exactly the rows within a cone on the sky.
+
+    Parameters
+    ----------
+    cone : (ra, dec, radius)
+        ICRS deg, deg, and arcsec. The edge belongs to the cone.
+
+    Returns
+    -------
+    str
+        Ranges of `_healpix_29`, which a BTREE index answers, and the haversine formula. Rows without a position fail.
+
+    Raises
+    ------
+    BadRequest
+        If the cone is not three finite numbers, |dec| > 90 or the radius is negative.
+    """
+    ra, dec, radius = check_cone(cone)
+    limit = math.sin(math.radians(min(radius / 3600, 180.0)) / 2) ** 2
+    haversine = (
+        f"power(sin(radians(dec - ({dec!r})) / 2), 2) + "
+        f"{math.cos(math.radians(dec))!r} * cos(radians(dec)) * power(sin(radians(ra - ({ra!r})) / 2), 2)"
+    )
+    exact = f"({haversine} <= {limit!r})"
+    ranges = healpix_ranges(ra, dec, radius)
+    if ranges is None:
+        return exact
+    inside = " OR ".join(f"(_healpix_29 >= {first} AND _healpix_29 < {end})" for first, end in ranges)
+    return f"(({inside}) AND {exact})"
+
+
+def check_cone(cone: Sequence[float]) -> tuple[float, float, float]:
+    """Return (ra in [0, 360), dec, radius) as floats, or raise BadRequest."""
+    try:
+        ra, dec, radius = (float(value) for value in cone)
+    except (TypeError, ValueError):
+        raise BadRequest(f"a cone is (ra in deg, dec in deg, radius in arcsec), got {cone!r}") from None
+    if not (math.isfinite(ra) and -90 <= dec <= 90 and 0 <= radius < math.inf):
+        raise BadRequest(f"a cone needs a finite ra, dec within -90 to 90 and a radius >= 0 arcsec, got {cone!r}")
+    return ra % 360.0, dec, radius
+
+
+def healpix_ranges(ra: float, dec: float, radius_arcsec: float) -> list[tuple[int, int]] | None:
+    """Return half-open ranges of order-29 nested cells that cover a cone, or None where it is no use (over 20 deg).
+
+    The order is chosen so that a few tens of cells cover the cone; more is covered than asked for.
+    """
+    if radius_arcsec > 20 * 3600:
+        return None
+    # The library's cone search is approximate at cell corners, hence the margin; a cell of order 0 is 58.6 deg wide.
+    reach = 1.1 * radius_arcsec + 1.0
+    order = int(np.clip(np.ceil(np.log2(58.6 * 3600 / reach)), 0, 18))
+    grid = HEALPix(nside=2**order, order="nested")
+    cells = np.unique(grid.cone_search_lonlat(ra * u.deg, dec * u.deg, reach * u.arcsec))
+    breaks = np.flatnonzero(np.diff(cells) > 1) + 1
+    shift = 4 ** (HEALPIX_ORDER - order)
+    return [(int(run[0]) * shift, (int(run[-1]) + 1) * shift) for run in np.split(cells, breaks)]
+
+
+def unit_vector(vector: Any, dim: int) -> NDArray[np.float32]:
+    """Return a query vector at unit length.
+
+    Raises
+    ------
+    BadRequest
+        If its shape is not (dim,), or it is not finite, or zero.
+    """
+    array = np.asarray(vector, dtype=np.float64)
+    if array.shape != (dim,):
+        raise BadRequest(f"the store's vectors have {dim} numbers, the query has shape {array.shape}")
+    length = float(np.linalg.norm(array))
+    if not math.isfinite(length) or length == 0:
+        raise BadRequest("the query vector has no direction: it is zero or not finite")
+    return (array / length).astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------- indexes
+
+
+@dataclass(frozen=True)
+class IndexReport:
+    """What `build_index` did.
+
+    Attributes
+    ----------
+    rows : int
+    kind : str
+        ``exact``, ``hnsw`` or ``rq``.
+    scalar : tuple of str
+        Columns that got a BTREE index, for filters and cones.
+    seconds : float
+    """
+
+    rows: int
+    kind: str
+    scalar: tuple[str, ...]
+    seconds: float
+
+    def __str__(self) -> str:
+        how = {
+            "exact": f"search is exact, with no vector index (worth one from {EXACT_BELOW:,} rows)",
+            "hnsw": "vector index IVF_HNSW_SQ built",
+            "rq": "vector index IVF_RQ built",
+        }[self.kind]
+        filters = f"filters use {' and '.join(self.scalar)}" if self.scalar else "no filter index on an empty store"
+        return f"{self.rows:,} rows: {how}; {filters}; {self.seconds:.1f} s"
+
+
+INDEX_KINDS: Final = ("auto", "exact", "hnsw", "rq")
+
+
+def build_index(store: Store, kind: str = "auto") -> IndexReport:
+    """Build the indexes of a store.
+
+    Parameters
+    ----------
+    store : Store
+    kind : str
+        ``exact``: none on the vectors, and an existing one is dropped. ``hnsw``: IVF_HNSW_SQ, the best recall.
+        ``rq``: IVF_RQ, built some ten times faster. ``auto``: exact below 100,000 rows, else hnsw.
+
+    Raises
+    ------
+    BadRequest
+        If the kind is unknown, or LanceDB cannot build it on these rows.
+    """
+    from lancedb.index import BTree
+
+    if kind not in INDEX_KINDS:
+        raise BadRequest(f"index kind {kind!r} is unknown; choose one of {', '.join(INDEX_KINDS)}")
+    started = time.monotonic()
+    rows = len(store)
+    if kind == "auto":
+        kind = "exact" if rows < EXACT_BELOW else "hnsw"
+    scalar = ("_healpix_29", "source_id") if rows else ()
+    for column in scalar:
+        store.table.create_index(column, config=BTree(), replace=True)
+    if kind == "exact":
+        for index in store.vector_indexes():
+            store.table.drop_index(index)
+    else:
+        _build_vector_index(store, kind, rows)
+    return IndexReport(rows, kind, scalar, time.monotonic() - started)
+
+
+def _build_vector_index(store: Store, kind: str, rows: int) -> None:
+    from lancedb.index import HnswSq, IvfRq
+
+    config: Any
+    if kind == "hnsw":
+        config = HnswSq(distance_type="cosine", num_partitions=max(1, math.ceil(rows / 500_000)))
+    else:
+        config = IvfRq(distance_type="cosine", num_partitions=max(1, rows // 4096), max_iterations=10)
+    try:
+        store.table.create_index("vector", config=config, replace=True)
+    except (ValueError, RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadRequest(f"LanceDB built no {kind} index on {rows} rows: {reason}; use the kind exact") from error
