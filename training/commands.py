@@ -1,0 +1,117 @@
+"""`galembed simulate` and `galembed train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("out", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--bricks", default=1, show_default=True, help="Survey bricks.")
+@click.option("--brick-size", default=3600, show_default=True, help="Pixels on a brick's side; 3600 in the surveys.")
+@click.option("--sources", "sources_per_brick", default=500, show_default=True, help="Catalogued sources a brick.")
+@click.option("--cutouts", default=300, show_default=True, help="Other galaxies, as cutout cubes with votes.")
+@click.option("--seed", default=0, show_default=True, help="Same seed, same pixels.")
+@click.option("--noise-seed", type=int, help="Same galaxies, other noise.")
+@click.option("--workers", type=int, help="Processes; all cores unless given.")
+def simulate(
+    out: Path,
+    bricks: int,
+    brick_size: int,
+    sources_per_brick: int,
+    cutouts: int,
+    seed: int,
+    noise_seed: int | None,
+    workers: int | None,
+) -> None:
+    """Simulate a small survey in OUT: bricks in the Legacy Surveys' layout, cutouts, catalogue and votes."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from training.simulation import simulate_survey
+
+    with Progress(console=Console(stderr=True)) as bars:
+        tasks = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        files = simulate_survey(
+            out,
+            bricks=bricks,
+            brick_size=brick_size,
+            sources_per_brick=sources_per_brick,
+            cutouts=cutouts,
+            seed=seed,
+            noise_seed=noise_seed,
+            workers=workers,
+            progress=show,
+        )
+    click.echo(str(files))
+
+
+@click.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Backbone directory to make.")
+@click.option("--votes", type=click.Path(path_type=Path), help="Vote table; SOURCE/votes.parquet unless given.")
+@click.option("--catalogue", type=click.Path(path_type=Path), help="Sizes and positions of the images, by id.")
+@click.option("--crop", type=float, help="Centre fraction of images whose size is unknown [default: 0.5].")
+@click.option("--arch", "architecture", default="convnext_atto", show_default=True, help="A timm model name.")
+@click.option("--size", default=96, show_default=True, help="Pixels on the network's side.")
+@click.option("--epochs", default=10, show_default=True)
+@click.option("--batch", default=64, show_default=True)
+@click.option("--learning-rate", default=1e-3, show_default=True)
+@click.option("--max-minutes", default=0.0, help="End the training loop after this long; 0 = no limit.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--workers", default=1, show_default=True, help="Processes that read images.")
+@click.option("--half", is_flag=True, help="Store the weights as float16.")
+@click.option("--name", help="Name written into backbone.json.")
+@click.option("--resume", is_flag=True, help="Go on from the last finished epoch of an interrupted run.")
+def train(
+    source: Path,
+    out: Path,
+    votes: Path | None,
+    catalogue: Path | None,
+    crop: float | None,
+    architecture: str,
+    size: int,
+    epochs: int,
+    batch: int,
+    learning_rate: float,
+    max_minutes: float,
+    seed: int,
+    workers: int,
+    half: bool,
+    name: str | None,
+    resume: bool,
+) -> None:
+    """Train a backbone on the votes of the images in SOURCE, a folder or what `galembed simulate` made."""
+    from training.fit import Recipe
+    from training.fit import train as run
+
+    recipe = Recipe(
+        architecture=architecture,
+        size=size,
+        epochs=epochs,
+        batch=batch,
+        learning_rate=learning_rate,
+        max_minutes=max_minutes,
+        seed=seed,
+    )
+    report = run(
+        source,
+        out,
+        recipe,
+        votes=votes,
+        catalogue=catalogue,
+        crop=crop,
+        workers=workers,
+        half=half,
+        name=name,
+        resume=resume,
+    )
+    click.echo(str(report))

@@ -1,0 +1,224 @@
+"""Votes joined to images: what a training run reads."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from galembed.backbones import FieldOfView, InputContract
+from galembed.catalogues import read_table
+from galembed.errors import BadRequest, GalembedError, SchemaMismatch, UnreadableInput
+from galembed.questions import QuestionTree
+from galembed.sky import healpix_index
+from galembed.sources import SourceReader, open_source
+
+MARGIN: Final = 1.5
+"""Field read for training over the field a network sees, so that rotation and zoom find pixels."""
+
+VALIDATION_SHARE: Final = 0.1
+_CELL_ORDER: Final = 6  # 0.9 deg
+
+
+@dataclass(frozen=True)
+class VotedImages:
+    """Images with votes.
+
+    Attributes
+    ----------
+    reader : SourceReader
+    rows : pa.Table
+        One source per row; see `galembed.schemas.SOURCES`.
+    votes : ndarray, shape (row, answer), float32
+    """
+
+    reader: SourceReader
+    rows: pa.Table
+    votes: NDArray[np.float32]
+
+    def take(self, mask: NDArray[np.bool_]) -> VotedImages:
+        """Return the rows of a mask."""
+        return replace(self, rows=self.rows.filter(mask), votes=self.votes[mask])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def open_voted_images(
+    source: Path,
+    tree: QuestionTree,
+    *,
+    votes: Path | None = None,
+    catalogue: Path | None = None,
+    crop: float | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> VotedImages:
+    """Join a folder of images to a vote table.
+
+    Parameters
+    ----------
+    source : Path
+        A folder of FITS cutouts or pictures; or what `galembed simulate` wrote, whose parts are then found.
+    tree : QuestionTree
+    votes : Path, optional
+        A table with an id column and Galaxy Zoo's vote columns.
+    catalogue : Path, optional
+        Sizes and positions by id.
+
+    Raises
+    ------
+    BadRequest
+        If there is no vote table, or no image has votes.
+    SchemaMismatch
+        If a vote column is missing or holds NaN or negative numbers.
+    """
+    source = Path(source)
+    if votes is None and (source / "votes.parquet").exists():
+        votes = source / "votes.parquet"
+        if catalogue is None and (source / "cutouts.fits").exists():
+            catalogue = source / "cutouts.fits"
+        source = source / "cutouts" if (source / "cutouts").is_dir() else source
+    if votes is None:
+        raise BadRequest(f"{source} holds no votes.parquet: name the vote table with --votes")
+    reader = open_source(source, catalogue=catalogue, crop=crop, columns=columns)
+    listing = reader.sources().table
+    ids, counts = read_votes(votes, tree)
+    at = pc.index_in(listing["source_id"], value_set=pa.array(ids, pa.string()))
+    matched = pc.is_valid(at).to_numpy(zero_copy_only=False)
+    if not matched.any():
+        raise BadRequest(
+            f"{votes}: none of its {len(ids)} ids ({ids[0] if ids else 'none'}, ...) is an image in {source} "
+            f"({listing['source_id'][0] if len(listing) else 'empty'}, ...)"
+        )
+    found = listing.filter(matched)
+    return VotedImages(reader, found, counts[at.drop_null().to_numpy()])
+
+
+def read_votes(path: Path, tree: QuestionTree) -> tuple[list[str], NDArray[np.float32]]:
+    """Read a vote table.
+
+    Returns
+    -------
+    ids : list of str
+    votes : ndarray, shape (row, answer), float32
+        Zero where masked (not asked).
+
+    Raises
+    ------
+    SchemaMismatch
+        If a column is missing, or holds NaN or a negative number.
+    """
+    table = read_table(path)
+    key = next((name for name in ("id_str", "source_id", "id", "iauname") if name in table.colnames), None)
+    missing = [name for name in tree.columns if name not in table.colnames]
+    if key is None or missing:
+        what = f"vote column(s) {missing[:3]}" if missing else "an id column (id_str, source_id, id or iauname)"
+        raise SchemaMismatch(f"{path} lacks {what} of the {tree.name} tree; it has {table.colnames[:12]}")
+    votes = np.stack([np.ma.filled(table[name], 0).astype(np.float32) for name in tree.columns], axis=1)
+    bad = [name for name, column in zip(tree.columns, votes.T, strict=True) if not (column >= 0).all()]
+    if bad:
+        raise SchemaMismatch(f"{path}: vote column(s) {bad[:3]} hold NaN or negative numbers; missing votes are zeros")
+    return [str(value).strip() for value in table[key]], votes
+
+
+def is_validation(rows: pa.Table) -> NDArray[np.bool_]:
+    """Return which rows are kept for validation: a tenth of the sky's cells, or of the ids where there is no position.
+
+    The choice depends on a row's own position or id alone, never on its place in the table.
+    """
+    ids = rows["source_id"].to_pylist()
+    ra, dec = (rows[name].to_numpy(zero_copy_only=False).astype(float) for name in ("ra", "dec"))
+    placed = np.isfinite(ra) & np.isfinite(dec)
+    names = np.array(ids, dtype=object)
+    if placed.any():
+        names[placed] = healpix_index(ra[placed], dec[placed], _CELL_ORDER).astype(str)
+    draws = {name: int(hashlib.sha256(str(name).encode()).hexdigest()[:8], 16) / 2**32 for name in set(names)}
+    return np.array([draws[name] < VALIDATION_SHARE for name in names])
+
+
+class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Images and votes by row number.
+
+    Parameters
+    ----------
+    images : VotedImages
+    contract : InputContract
+    margin : float
+        Field of view over the contract's; pixels keep the contract's scale.
+    """
+
+    def __init__(self, images: VotedImages, contract: InputContract, margin: float = 1.0) -> None:
+        fov = contract.field_of_view
+        self._images = images
+        self._contract = replace(
+            contract,
+            size=round(contract.size * margin),
+            field_of_view=FieldOfView(fov.radii * margin, fov.min_arcsec * margin, fov.max_arcsec * margin),
+        )
+        self._reader = images.reader
+        if images.reader.kind == "display" or images.rows["size"].null_count:
+            self._reader = replace(images.reader, crop=min(1.0, images.reader.crop * margin))  # type: ignore[type-var]
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return pixels (3, y, x) and votes (answer,).
+
+        Raises
+        ------
+        GalembedError
+            Why the image cannot be read; `usable` finds such rows before a run.
+        """
+        row = self._images.rows.slice(number, 1)
+        _, cutout = next(iter(self._reader.cutouts(row, self._contract)))
+        if isinstance(cutout, GalembedError):
+            raise cutout
+        return torch.from_numpy(cutout.pixels), torch.from_numpy(self._images.votes[number])
+
+
+class _Checks(Dataset[str]):
+    """The reason that a row cannot be read, or ""."""
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, number: int) -> str:
+        try:
+            self._dataset[number]
+        except GalembedError as error:
+            return str(error)
+        return ""
+
+
+def usable(images: VotedImages, contract: InputContract, *, workers: int) -> tuple[VotedImages, list[str]]:
+    """Read every image once and return those that can be read, with the reasons of the rest.
+
+    Raises
+    ------
+    UnreadableInput
+        If none can be read.
+    """
+    loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
+        _Checks(ImageDataset(images, contract, MARGIN)), batch_size=64, num_workers=workers
+    )
+    reasons = [reason for batch in loader for reason in batch]
+    good = np.array([not reason for reason in reasons])
+    if not good.any():
+        raise UnreadableInput(f"none of {len(reasons)} images can be read; the first: {reasons[0]}")
+    return images.take(good), [reason for reason in reasons if reason]
+
+
