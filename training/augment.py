@@ -26,7 +26,10 @@ class Augmentation:
     blur : float
         Largest sigma of the added Gaussian seeing, output pixels; uniform per batch.
     colour : float
-        Strength of the jitter of display channels (gain per channel, gamma, saturation).
+        Strength of the jitter of display channels: sigma of ln(gain) per channel and of ln(gamma); saturation goes
+        from 1 - 4 to 1 + 2 times this (at 0.25, from grey to half as colourful again).
+    black : float
+        Largest level subtracted as sky; uniform.
     """
 
     zoom: float = 1.3
@@ -35,6 +38,7 @@ class Augmentation:
     noise: float = 30.0
     blur: float = 1.2
     colour: float = 0.25
+    black: float = 0.12
 
     def flux(self, images: Tensor, size: int, generator: torch.Generator) -> Tensor:
         """Return flux (n, 3, size, size) turned, flipped, zoomed, dimmed, blurred and noisier.
@@ -63,8 +67,9 @@ class Augmentation:
         """Return display channels (n, 3, y, x) in [0, 1] as another survey's stretch might have made them."""
         n = channels.shape[0]
         grey = channels.mean(dim=1, keepdim=True)
-        saturation = 1 + 2 * self.colour * (2 * _uniform((n, 1, 1, 1), channels, generator) - 1)
-        channels = grey + saturation * (channels - grey)
+        saturation = 1 + self.colour * (6 * _uniform((n, 1, 1, 1), channels, generator) - 4)
+        black = self.black * _uniform((n, 1, 1, 1), channels, generator)
+        channels = grey + saturation * (channels - grey) - black
         gain = torch.exp(self.colour * _normal((n, 3, 1, 1), channels, generator))
         gamma = torch.exp(self.colour * _normal((n, 1, 1, 1), channels, generator))
         return (channels * gain).clamp(1e-4, 1.0) ** gamma

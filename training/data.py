@@ -13,8 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from galembed.backbones import FieldOfView, InputContract
 from galembed.catalogues import read_table
@@ -28,6 +30,7 @@ MARGIN: Final = 1.5
 
 VALIDATION_SHARE: Final = 0.1
 _CELL_ORDER: Final = 6  # 0.9 deg
+_HALF_MAX: Final = 65504.0
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,6 @@ class VotedImages:
     reader: SourceReader
     rows: pa.Table
     votes: NDArray[np.float32]
-
-    def take(self, mask: NDArray[np.bool_]) -> VotedImages:
-        """Return the rows of a mask."""
-        return replace(self, rows=self.rows.filter(mask), votes=self.votes[mask])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -146,20 +145,12 @@ def is_validation(rows: pa.Table) -> NDArray[np.bool_]:
     return np.array([draws[name] < VALIDATION_SHARE for name in names])
 
 
-class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Images and votes by row number.
+class _Reader(Dataset[tuple[Tensor, str]]):
+    """Pixels by row number, or the reason there are none; runs in worker processes."""
 
-    Parameters
-    ----------
-    images : VotedImages
-    contract : InputContract
-    margin : float
-        Field of view over the contract's; pixels keep the contract's scale.
-    """
-
-    def __init__(self, images: VotedImages, contract: InputContract, margin: float = 1.0) -> None:
+    def __init__(self, images: VotedImages, contract: InputContract, margin: float) -> None:
         fov = contract.field_of_view
-        self._images = images
+        self._rows = images.rows
         self._contract = replace(
             contract,
             size=round(contract.size * margin),
@@ -170,55 +161,90 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
             self._reader = replace(images.reader, crop=min(1.0, images.reader.crop * margin))  # type: ignore[type-var]
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self._rows)
 
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        """Return pixels (3, y, x) and votes (answer,).
-
-        Raises
-        ------
-        GalembedError
-            Why the image cannot be read; `usable` finds such rows before a run.
-        """
-        row = self._images.rows.slice(number, 1)
-        _, cutout = next(iter(self._reader.cutouts(row, self._contract)))
+    def __getitem__(self, number: int) -> tuple[Tensor, str]:
+        _, cutout = next(iter(self._reader.cutouts(self._rows.slice(number, 1), self._contract)))
         if isinstance(cutout, GalembedError):
-            raise cutout
-        return torch.from_numpy(cutout.pixels), torch.from_numpy(self._images.votes[number])
+            size = self._contract.size
+            return torch.zeros((3, size, size), dtype=self.dtype), str(cutout)
+        pixels = torch.from_numpy(cutout.pixels)
+        return (pixels.clamp(-_HALF_MAX, _HALF_MAX).half() if self.dtype == torch.float16 else pixels), ""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float16 if self._reader.kind == "flux" else torch.uint8
 
 
-class _Checks(Dataset[str]):
-    """The reason that a row cannot be read, or ""."""
+@dataclass(frozen=True)
+class Prepared:
+    """Images read once, checked, and laid out for random access; memory stays that of the pages in use.
 
-    def __init__(self, dataset: ImageDataset) -> None:
-        self._dataset = dataset
+    Attributes
+    ----------
+    pixels : ndarray, shape (row, 3, y, x), float16 or uint8
+        Flux in nJy per (0.262 arcsec)^2, clipped to +-65504 (far above where any mapping is white), NaN = no data; or
+        R, G, B. A memory map.
+    votes : ndarray, shape (row, answer), float32
+    rows : ndarray, shape (row,), int
+        Place in `pixels`; unreadable images are left out.
+    table : pa.Table
+        The sources of `rows`.
+    """
+
+    pixels: NDArray[Any]
+    votes: NDArray[np.float32]
+    rows: NDArray[np.int64]
+    table: pa.Table
+
+    def take(self, mask: NDArray[np.bool_]) -> Prepared:
+        """Return the rows of a mask."""
+        return Prepared(self.pixels, self.votes[mask], self.rows[mask], self.table.filter(mask))
 
     def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getitem__(self, number: int) -> str:
-        try:
-            self._dataset[number]
-        except GalembedError as error:
-            return str(error)
-        return ""
+        return len(self.rows)
 
 
-def usable(images: VotedImages, contract: InputContract, *, workers: int) -> tuple[VotedImages, list[str]]:
-    """Read every image once and return those that can be read, with the reasons of the rest.
+class PreparedImages(Dataset[tuple[Tensor, Tensor]]):
+    """Batches of prepared images: indexed by a list of row numbers, gives pixels (n, 3, y, x) and votes (n, answer)."""
+
+    def __init__(self, prepared: Prepared, margin: int) -> None:
+        self._prepared = prepared
+        self._cut = slice(margin, -margin or None)
+
+    def __len__(self) -> int:
+        return len(self._prepared)
+
+    def __getitem__(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
+        rows = np.sort(np.asarray(numbers))
+        pixels = torch.from_numpy(self._prepared.pixels[self._prepared.rows[rows]][:, :, self._cut, self._cut])
+        votes = torch.from_numpy(self._prepared.votes[rows])
+        return (pixels.float() if pixels.dtype == torch.float16 else pixels), votes
+
+
+def prepare(images: VotedImages, contract: InputContract, file: Path, *, workers: int) -> tuple[Prepared, list[str]]:
+    """Read every image once into `file`; return what can be trained on and the reasons of the rest.
+
+    An image holds `MARGIN` times the contract's field, at the contract's pixel scale.
 
     Raises
     ------
     UnreadableInput
-        If none can be read.
+        If no image can be read.
     """
-    loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
-        _Checks(ImageDataset(images, contract, MARGIN)), batch_size=64, num_workers=workers
-    )
-    reasons = [reason for batch in loader for reason in batch]
+    dataset = _Reader(images, contract, MARGIN)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    size = round(contract.size * MARGIN)
+    dtype = np.float16 if dataset.dtype == torch.float16 else np.uint8
+    pixels = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=(len(dataset), 3, size, size))
+    loader: DataLoader[Any] = DataLoader(dataset, batch_size=64, num_workers=workers)
+    reasons: list[str] = []
+    with Progress(console=Console(stderr=True)) as bars:
+        for batch, why in bars.track(loader, description="reading"):
+            pixels[len(reasons) : len(reasons) + len(why)] = batch.numpy()
+            reasons += why
     good = np.array([not reason for reason in reasons])
     if not good.any():
         raise UnreadableInput(f"none of {len(reasons)} images can be read; the first: {reasons[0]}")
-    return images.take(good), [reason for reason in reasons if reason]
-
-
+    prepared = Prepared(pixels, images.votes, np.arange(len(reasons)), images.rows).take(good)
+    return prepared, [reason for reason in reasons if reason]

@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from galembed.backbones import Backbone, FieldOfView, InputContract, save_backbone
 from galembed.errors import BadRequest
@@ -29,7 +29,7 @@ from galembed.mappings import LEGACY_DR2
 from galembed.network import GalaxyNetwork
 from galembed.questions import QuestionTree, question_tree
 from training.augment import Augmentation
-from training.data import MARGIN, ImageDataset, VotedImages, is_validation, open_voted_images, usable
+from training.data import Prepared, PreparedImages, is_validation, open_voted_images, prepare
 from training.loss import dirichlet_multinomial_nll
 
 logger = logging.getLogger(__name__)
@@ -223,24 +223,23 @@ def train(
     started = time.monotonic()
     tree = question_tree(recipe.questions)
     contract = recipe.contract()
-    images, unreadable = usable(
-        open_voted_images(source, tree, votes=votes, catalogue=catalogue, crop=crop), contract, workers=workers
-    )
+    images = open_voted_images(source, tree, votes=votes, catalogue=catalogue, crop=crop)
+    kind, logs = images.reader.kind, out.with_name(out.name + ".training")
+    prepared, unreadable = prepare(images, contract, logs / "images.npy", workers=workers)
     for reason in unreadable[:5]:
         logger.warning("left out: %s", reason)
-    held_out = is_validation(images.rows)
+    held_out = is_validation(prepared.table)
     if held_out.all() or not held_out.any():
-        held_out = np.arange(len(images)) % 10 == 0  # too few sky cells to choose from
-    training, validation = images.take(~held_out), images.take(held_out)
+        held_out = np.arange(len(prepared)) % 10 == 0  # too few sky cells to choose from
+    training, validation = prepared.take(~held_out), prepared.take(held_out)
     lightning.seed_everything(recipe.seed, verbose=False)
-    steps = recipe.epochs * max(1, len(training) // recipe.batch)
-    module = VoteTrainer(recipe, tree, images.reader.kind, steps)
-    seconds, seen = _fit(module, training, validation, contract, out.with_name(out.name + ".training"), workers, resume)
+    module = VoteTrainer(recipe, tree, kind, recipe.epochs * max(1, len(training) // recipe.batch))
+    seconds, seen = _fit(module, training, validation, logs, resume)
     network = module.network.cpu().eval()
     if half:
         network.half().float()
-    network.centring_mean.copy_(_mean_features(network, training, contract, workers))
-    nll, rmse = _validate(network, validation, contract, tree, workers)
+    network.centring_mean.copy_(_mean_features(network, training, contract.size, kind))
+    nll, rmse = _validate(network, validation, tree, contract.size, kind)
     backbone = save_backbone(
         out,
         name=name or f"{recipe.architecture}-{recipe.questions}",
@@ -249,7 +248,7 @@ def train(
         contract=contract,
         questions=tree,
         weights={key: value.numpy() for key, value in network.state_dict().items()},
-        samples=_samples(network, validation, contract),
+        samples=_samples(network, validation, contract.size, kind),
         provenance={
             "command": shlex.join(["galembed", *sys.argv[1:]]),
             "recipe": asdict(recipe),
@@ -266,13 +265,7 @@ def train(
 
 
 def _fit(
-    module: VoteTrainer,
-    training: VotedImages,
-    validation: VotedImages,
-    contract: InputContract,
-    logs: Path,
-    workers: int,
-    resume: bool,
+    module: VoteTrainer, training: Prepared, validation: Prepared, logs: Path, resume: bool
 ) -> tuple[float, int]:
     """Run the training loop; return its seconds and the number of images it saw."""
     recipe = module.recipe
@@ -292,29 +285,27 @@ def _fit(
         log_every_n_steps=10,
         enable_model_summary=False,
     )
-    loaders = [
-        DataLoader(
-            ImageDataset(part, contract, margin),
-            batch_size=min(recipe.batch, len(part)),
-            shuffle=margin > 1,
-            drop_last=margin > 1,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-        )
-        for part, margin in ((training, MARGIN), (validation, 1.0))
-    ]
+    generator = torch.Generator().manual_seed(recipe.seed)
+    order = RandomSampler(range(len(training)), generator=generator)
+    batch = min(recipe.batch, len(training))
+    loader = DataLoader(PreparedImages(training, 0), sampler=BatchSampler(order, batch, True), batch_size=None)
     begun = time.monotonic()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*Checkpoint directory.*")
-        trainer.fit(module, *loaders, ckpt_path=checkpoint if resume and checkpoint.exists() else None)
+        trainer.fit(
+            module, loader, _batches(validation, recipe.size), ckpt_path=checkpoint if resume and checkpoint.exists() else None
+        )
     if trainer.interrupted:
         logger.warning("interrupted: the backbone is written as it stands after step %d", trainer.global_step)
-    return time.monotonic() - begun, trainer.global_step * recipe.batch
+    return time.monotonic() - begun, trainer.global_step * batch
 
 
-def _batches(images: VotedImages, contract: InputContract, workers: int) -> DataLoader[Any]:
-    return DataLoader(ImageDataset(images, contract), batch_size=128, num_workers=workers)
+def _batches(prepared: Prepared, size: int) -> DataLoader[Any]:
+    """Return batches of 128 in order, cut to the contract's field."""
+    margin = (prepared.pixels.shape[-1] - size) // 2
+    order = BatchSampler(range(len(prepared)), 128, False)
+    return DataLoader(PreparedImages(prepared, margin), sampler=order, batch_size=None)
 
 
 def _door(network: GalaxyNetwork, kind: str, pixels: Tensor) -> Tensor:
@@ -322,29 +313,27 @@ def _door(network: GalaxyNetwork, kind: str, pixels: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def _mean_features(network: GalaxyNetwork, images: VotedImages, contract: InputContract, workers: int) -> Tensor:
+def _mean_features(network: GalaxyNetwork, prepared: Prepared, size: int, kind: str) -> Tensor:
     """Return the mean feature vector over at most 4,096 training images."""
-    chosen = np.zeros(len(images), bool)
-    chosen[:: max(1, len(images) // 4096)] = True
+    chosen = np.zeros(len(prepared), bool)
+    chosen[:: max(1, len(prepared) // 4096)] = True
     total = torch.zeros(network.dim, dtype=torch.float64)
-    for pixels, _ in _batches(images.take(chosen), contract, workers):
-        total += network.features(_door(network, images.reader.kind, pixels)).double().sum(dim=0)
+    for pixels, _ in _batches(prepared.take(chosen), size):
+        total += network.features(_door(network, kind, pixels)).double().sum(dim=0)
     return (total / chosen.sum()).float()
 
 
 @torch.inference_mode()
-def _validate(
-    network: GalaxyNetwork, images: VotedImages, contract: InputContract, tree: QuestionTree, workers: int
-) -> tuple[float, dict[str, float]]:
+def _validate(network: GalaxyNetwork, prepared: Prepared, tree: QuestionTree, size: int, kind: str) -> tuple[float, dict[str, float]]:
     """Return the mean NLL and each question's RMSE of vote fractions."""
     nll, predicted = [], []
-    for pixels, votes in _batches(images, contract, workers):
-        features = network.features(_door(network, images.reader.kind, pixels))
+    for pixels, votes in _batches(prepared, size):
+        features = network.features(_door(network, kind, pixels))
         nll.append(dirichlet_multinomial_nll(votes, network.concentrations(features), network.answers).sum(dim=1))
         predicted.append(network.fractions(features).numpy())
     fractions = np.concatenate(predicted)
     return float(torch.cat(nll).mean()), {
-        question: fraction_rmse(fractions[:, where], images.votes[:, where]) for question, where in tree.slices.items()
+        question: fraction_rmse(fractions[:, where], prepared.votes[:, where]) for question, where in tree.slices.items()
     }
 
 
@@ -372,11 +361,11 @@ def fraction_rmse(predicted: NDArray[np.floating[Any]], votes: NDArray[np.floati
     return float(np.sqrt(np.mean((predicted[enough] - counted) ** 2)))
 
 
-def _samples(network: GalaxyNetwork, images: VotedImages, contract: InputContract) -> dict[str, NDArray[Any]]:
+def _samples(network: GalaxyNetwork, prepared: Prepared, size: int, kind: str) -> dict[str, NDArray[Any]]:
     """Return up to 16 validation images for each door: the display ones are the flux ones as a picture shows them."""
-    dataset = ImageDataset(images, contract)
-    pixels = torch.stack([dataset[i][0] for i in range(min(16, len(dataset)))])
-    if images.reader.kind == "display":
-        return {"flux": np.empty((0, 3, contract.size, contract.size), np.float32), "display": pixels.numpy()}
+    few = prepared.take(np.arange(len(prepared)) < 16)
+    pixels, _ = next(iter(_batches(few, size)))
+    if kind == "display":
+        return {"flux": np.empty((0, 3, size, size), np.float32), "display": pixels.numpy()}
     display = (network.channels_from_flux(pixels) * 255).round().to(torch.uint8)
     return {"flux": pixels.numpy(), "display": display.numpy()}

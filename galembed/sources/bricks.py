@@ -287,8 +287,10 @@ def _plane_path(uri: str, name: str) -> Path | None:
 def _open_plane(path: Path) -> tuple[fits.HDUList, Any]:
     """Return an open file and its image HDU."""
     try:
-        file = fits.open(path, memmap=False)
-        return file, next(hdu for hdu in file if hdu.is_image and len(getattr(hdu, "shape", ())) == 2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", AstropyWarning)
+            file = fits.open(path, memmap=False)
+            return file, next(hdu for hdu in file if hdu.is_image and len(getattr(hdu, "shape", ())) == 2)
     except (OSError, StopIteration, ValueError, TypeError, KeyError, IndexError) as error:
         reason = str(error) or "it holds no image"
         raise UnreadableInput(f"{path}: damaged or not a FITS image ({reason}); fetch it again") from error

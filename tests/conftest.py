@@ -1,0 +1,57 @@
+"""Fixtures that several rooms share: a tiny backbone with seeded weights, and the real data where they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from galembed.backbones import Backbone, FieldOfView, InputContract, save_backbone
+from galembed.mappings import LEGACY_DR2
+from galembed.questions import question_tree
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real survey files; the test is skipped where it is absent."""
+    if not SHARED_DATA.exists():
+        pytest.skip(f"{SHARED_DATA} is absent")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    """A backbone of a few thousand seeded weights with a DECaLS head, 32 px, 9 half-light radii."""
+    import torch
+
+    from galembed.network import GalaxyNetwork
+
+    contract = InputContract(32, FieldOfView(9.0, 8.0, 90.0), LEGACY_DR2)
+    tree = question_tree()
+    torch.manual_seed(7)
+    network = GalaxyNetwork(
+        "test_convnext",
+        {},
+        mapping=contract.mapping,
+        mean=contract.mean,
+        std=contract.std,
+        answers=tuple(len(q.answers) for q in tree.questions),
+    )
+    rng = np.random.default_rng(7)
+    return save_backbone(
+        tmp_path_factory.mktemp("backbones") / "tiny",
+        name="tiny",
+        architecture="test_convnext",
+        architecture_args={},
+        contract=contract,
+        questions=tree,
+        weights={key: value.numpy() for key, value in network.state_dict().items()},
+        samples={
+            "flux": rng.normal(0, 100, (4, 3, 32, 32)).astype(np.float32),
+            "display": rng.integers(0, 256, (4, 3, 32, 32), dtype=np.uint8),
+        },
+        provenance={"command": "tests"},
+    )

@@ -1,0 +1,118 @@
+"""The order of the rooms, and what a plain import may load."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = ("torch", "timm", "lancedb", "lance", "dask", "distributed", "onnxruntime", "tensorrt", "lightning", "sklearn")
+
+# Each room imports only from rooms of a lower number.
+FLOORS = {
+    "galembed.errors": 0,
+    "galembed.photometry": 1,
+    "galembed.mappings": 2,
+    "galembed.questions": 1,
+    "galembed.schemas": 1,
+    "galembed.sky": 1,
+    "galembed.surveys": 3,
+    "galembed.catalogues": 2,
+    "galembed.cutouts": 2,
+    "galembed.backbones": 3,
+    "galembed.network": 3,
+    "galembed.runtimes": 4,
+    "galembed.sources": 4,
+    "galembed.store": 5,
+    "galembed.search": 6,
+    "galembed.pictures": 6,
+    "galembed.probes": 6,
+    "galembed.commands": 7,
+    "galembed.cli": 8,
+    "training": 7,
+    "export": 7,
+    "catalogue_jobs": 7,
+}
+FORBIDDEN = {
+    "galembed": {"training", "export", "catalogue_jobs", "dask", "distributed", "galsim", "lightning"},
+    "training": {"export", "catalogue_jobs", "dask", "distributed", "lancedb", "lance"},
+    "export": {"training", "catalogue_jobs", "dask", "distributed", "lancedb", "lance"},
+    "catalogue_jobs": {"training", "export", "torch", "timm", "lancedb", "lance", "onnxruntime"},
+}
+ONE_ROOM = {
+    "torch": ("galembed/network.py", "galembed/runtimes/torch.py", "training/", "export/"),
+    "timm": ("galembed/network.py",),
+    "onnxruntime": ("galembed/runtimes/onnx.py",),
+    "lancedb": ("galembed/store/",),
+    "lance": ("galembed/store/",),
+    "dask": ("catalogue_jobs/",),
+    "distributed": ("catalogue_jobs/",),
+    "galsim": ("training/simulation/",),
+}
+
+
+def sources() -> list[Path]:
+    return sorted(path for package in FORBIDDEN for path in (ROOT / package).rglob("*.py"))
+
+
+def imported_names(path: Path) -> set[str]:
+    """Every module that a file imports, at the top, in a function or for type checking."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            names |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def room_of(module: str) -> str | None:
+    return max((room for room in FLOORS if module == room or module.startswith(room + ".")), key=len, default=None)
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_room_imports_only_from_below(path: Path) -> None:
+    if module_of(path) in ("galembed", "galembed.__main__"):
+        pytest.skip("the front door")
+    own = room_of(module_of(path))
+    assert own is not None, f"{path} belongs to no room in FLOORS"
+    above = {
+        name
+        for name in imported_names(path)
+        if (room := room_of(name)) and room != own and FLOORS[room] >= FLOORS[own]
+    }
+    assert not above, f"{path} imports from its own floor or above: {sorted(above)}"
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_package_never_imports_what_it_must_not(path: Path) -> None:
+    package = path.relative_to(ROOT).parts[0]
+    found = {name.split(".")[0] for name in imported_names(path)} & FORBIDDEN[package]
+    assert not found
+
+
+@pytest.mark.parametrize("library", ONE_ROOM)
+def test_a_heavy_library_has_its_room(library: str) -> None:
+    strangers = [
+        str(path.relative_to(ROOT))
+        for path in sources()
+        if library in {name.split(".")[0] for name in imported_names(path)}
+        and not str(path.relative_to(ROOT)).startswith(ONE_ROOM[library])
+    ]
+    assert not strangers
+
+
+@pytest.mark.parametrize("code", ["import galembed", "from galembed.cli import main; main(['--help'], standalone_mode=False)"])
+def test_import_and_help_load_no_heavy_library(code: str) -> None:
+    script = f"import sys\n{code}\nprint('loaded', *[name for name in {HEAVY!r} if name in sys.modules])"
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert output.splitlines()[-1].split() == ["loaded"]
