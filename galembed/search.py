@@ -27,19 +27,19 @@ if TYPE_CHECKING:
     from galembed.store import Store
 
 EXACT_BELOW: Final = 100_000
-"""Rows up to which a store is searched exactly: a scan then takes a fraction of a second and misses nothing."""
+"""Rows below which a store is searched exactly: a scan takes a fraction of a second and misses nothing."""
 
 HIT_COLUMNS: Final = ("survey", "source_id", "ra", "dec", "fov")
 """Store columns of every hit; the carried columns follow."""
 
 
-class Hits(Table):
+class Hits(Table):  # type: ignore[misc]  # astropy has no types
     """What a search found, nearest first: an astropy table.
 
-    Columns: `similarity` (cosine, 1 = the same direction), `distance` (1 - similarity), `survey`, `source_id`, `ra` and
-    `dec` (deg), `fov` (arcsec), then the store's carried columns with their units; missing values are masked.
-    `meta` holds `store` (its path), `query` (keys of the sources asked about, empty for a vector), and `where` and
-    `cone` as asked, or "".
+    Columns: `similarity` (cosine, 1 = the same direction), `distance` (1 - similarity), `survey`,
+    `source_id`, `ra` and `dec` (deg), `fov` (arcsec), then the store's carried columns with their units;
+    missing values are masked. `meta` holds `store` (its path), `query` (keys of the sources asked about,
+    empty for a vector), and `where` and `cone` as asked, or "".
     """
 
     def show(self, file: str | Path | None = None, columns: Sequence[str] = ()) -> Figure:
@@ -91,7 +91,7 @@ def _column(field: pa.Field, values: pa.Array) -> Column:
     return MaskedColumn(filled.astype(str) if text else filled, mask=missing, **common)
 
 
-# ---------------------------------------------------------------------------------------------------------- filters
+# ---------------------------------------------------------------------------------------------------- filters
 
 _TOKEN = re.compile(
     r"""(?P<space>\s+)
@@ -104,9 +104,10 @@ _TOKEN = re.compile(
     re.VERBOSE,
 )
 
-_SQL_WORDS = frozenset(
-    "and or not in is null like ilike escape between true false case when then else end cast try_cast as date "
-    "timestamp interval similar to distinct from nan div unknown".split()
+_SQL_WORDS = re.compile(
+    r"and|or|not|in|is|null|i?like|escape|between|true|false|case|when|then|else|end|as|date|timestamp|interval"
+    r"|similar|to|distinct|from|div",
+    re.IGNORECASE,
 )
 
 
@@ -116,15 +117,16 @@ def check_where(where: str, columns: Iterable[str]) -> str:
     Parameters
     ----------
     where : str
-        For instance ``mag_r < 19 AND survey = 'legacy'``. Columns whose names are not plain words go in backticks.
+        For instance ``mag_r < 19 AND survey = 'legacy'``. Columns whose names are not plain words go in
+        backticks.
     columns : iterable of str
         The store's columns; case does not matter, as in SQL.
 
     Raises
     ------
     BadRequest
-        If it is empty, more than one expression, a query of its own, or names a column that the store lacks (the
-        nearest names are given).
+        If it is empty, more than one expression, a query of its own, or names a column that the store lacks
+        (the nearest names are given).
     """
     tokens = list(_tokens(where))
     if not tokens:
@@ -136,10 +138,12 @@ def check_where(where: str, columns: Iterable[str]) -> str:
         following = tokens[position + 1][1] if position + 1 < len(tokens) else ""
         before = tokens[position - 1][1].lower() if position else ""
         if kind == "word" and text.lower() == "select":
-            raise BadRequest(f"filter {where!r} holds a query of its own (SELECT); give one expression over columns")
+            raise BadRequest(
+                f"filter {where!r} holds a query of its own (SELECT); give one expression over columns"
+            )
         is_word = kind == "word" and following != "(" and before not in ("as", "::")
         if (kind == "quoted" and text.strip('`"').lower() not in known) or (
-            is_word and text.lower() not in known and text.lower() not in _SQL_WORDS
+            is_word and text.lower() not in known and not _SQL_WORDS.fullmatch(text)
         ):
             raise BadRequest(_unknown_column(where, text, names))
     return where
@@ -151,7 +155,9 @@ def _tokens(where: str) -> Iterable[tuple[str, str]]:
         match = _TOKEN.match(where, position)
         if match is None or match.lastgroup == "comment":
             what = "a comment" if match else f"{where[position]!r}"
-            raise BadRequest(f"filter {where!r} holds {what} at character {position + 1}; give one SQL expression")
+            raise BadRequest(
+                f"filter {where!r} holds {what} at character {position + 1}; give one SQL expression"
+            )
         if match.lastgroup != "space":
             yield str(match.lastgroup), match.group()
         position = match.end()
@@ -201,7 +207,8 @@ def cone_filter(cone: Sequence[float]) -> str:
     Returns
     -------
     str
-        Ranges of `_healpix_29`, which a BTREE index answers, and the haversine formula. Rows without a position fail.
+        Ranges of `_healpix_29`, which a BTREE index answers, and the haversine formula. Rows without a
+        position fail.
 
     Raises
     ------
@@ -229,18 +236,21 @@ def check_cone(cone: Sequence[float]) -> tuple[float, float, float]:
     except (TypeError, ValueError):
         raise BadRequest(f"a cone is (ra in deg, dec in deg, radius in arcsec), got {cone!r}") from None
     if not (math.isfinite(ra) and -90 <= dec <= 90 and 0 <= radius < math.inf):
-        raise BadRequest(f"a cone needs a finite ra, dec within -90 to 90 and a radius >= 0 arcsec, got {cone!r}")
+        raise BadRequest(
+            f"a cone needs a finite ra, dec within -90 to 90 and a radius >= 0 arcsec, got {cone!r}"
+        )
     return ra % 360.0, dec, radius
 
 
 def healpix_ranges(ra: float, dec: float, radius_arcsec: float) -> list[tuple[int, int]] | None:
-    """Return half-open ranges of order-29 nested cells that cover a cone, or None where it is no use (over 20 deg).
+    """Return half-open ranges of order-29 nested cells that cover a cone, or None where it is no use (over 20
+    deg).
 
     The order is chosen so that a few tens of cells cover the cone; more is covered than asked for.
     """
     if radius_arcsec > 20 * 3600:
         return None
-    # The library's cone search is approximate at cell corners, hence the margin; a cell of order 0 is 58.6 deg wide.
+    # The library's cone search is approximate at corners, hence the margin; order 0 is 58.6 deg wide.
     reach = 1.1 * radius_arcsec + 1.0
     order = int(np.clip(np.ceil(np.log2(58.6 * 3600 / reach)), 0, 18))
     grid = HEALPix(nside=2**order, order="nested")
@@ -267,7 +277,7 @@ def unit_vector(vector: Any, dim: int) -> NDArray[np.float32]:
     return (array / length).astype(np.float32)
 
 
-# ---------------------------------------------------------------------------------------------------------- indexes
+# ---------------------------------------------------------------------------------------------------- indexes
 
 
 @dataclass(frozen=True)
@@ -295,7 +305,9 @@ class IndexReport:
             "hnsw": "vector index IVF_HNSW_SQ built",
             "rq": "vector index IVF_RQ built",
         }[self.kind]
-        filters = f"filters use {' and '.join(self.scalar)}" if self.scalar else "no filter index on an empty store"
+        filters = (
+            f"filters use {' and '.join(self.scalar)}" if self.scalar else "no filter index on an empty store"
+        )
         return f"{self.rows:,} rows: {how}; {filters}; {self.seconds:.1f} s"
 
 
@@ -309,8 +321,8 @@ def build_index(store: Store, kind: str = "auto") -> IndexReport:
     ----------
     store : Store
     kind : str
-        ``exact``: none on the vectors, and an existing one is dropped. ``hnsw``: IVF_HNSW_SQ, the best recall.
-        ``rq``: IVF_RQ, built some ten times faster. ``auto``: exact below 100,000 rows, else hnsw.
+        ``exact``: none on the vectors, and an existing one is dropped. ``hnsw``: IVF_HNSW_SQ, the best
+        recall. ``rq``: IVF_RQ, built some ten times faster. ``auto``: exact below 100,000 rows, else hnsw.
 
     Raises
     ------
@@ -348,4 +360,6 @@ def _build_vector_index(store: Store, kind: str, rows: int) -> None:
         store.table.create_index("vector", config=config, replace=True)
     except (ValueError, RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise BadRequest(f"LanceDB built no {kind} index on {rows} rows: {reason}; use the kind exact") from error
+        raise BadRequest(
+            f"LanceDB built no {kind} index on {rows} rows: {reason}; use the kind exact"
+        ) from error

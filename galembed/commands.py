@@ -1,0 +1,257 @@
+"""Commands on a store: index, search, probe, status. Heavy imports are inside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from galembed.probes import ProbeReport
+    from galembed.search import Hits
+    from galembed.store import Store
+
+_FILE = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("store")
+@click.option(
+    "--kind",
+    type=click.Choice(["auto", "exact", "hnsw", "rq"]),
+    default="auto",
+    show_default=True,
+    help="exact: no vector index; hnsw: finds most; rq: built fastest; auto: exact below 100,000 rows.",
+)
+def index(store: str, kind: str) -> None:
+    """Build the indexes of STORE, for faster filters and, on large stores, faster search."""
+    from galembed.search import build_index
+    from galembed.store import open_store
+
+    click.echo(str(build_index(open_store(store), kind)))
+
+
+@click.command()
+@click.argument("store")
+def status(store: str) -> None:
+    """Say what STORE holds: sources, failures by reason, backbone, engines, index."""
+    from galembed.store import open_store
+
+    click.echo(str(open_store(store).status()))
+
+
+@click.command()
+@click.argument("store")
+@click.option(
+    "--id", "ids", multiple=True, metavar="ID", help="A source; repeat it to look for what several share."
+)
+@click.option(
+    "--position", type=(float, float), metavar="RA DEC", help="The source here (deg), within 5 arcsec."
+)
+@click.option(
+    "--image", type=_FILE, help="A picture or FITS cutout of the kind that the store was made from."
+)
+@click.option("-k", "k", type=click.IntRange(min=1), default=10, show_default=True, help="How many to find.")
+@click.option("--where", help='SQL filter on the columns, such as "mag_r < 19 AND redshift < 0.1".')
+@click.option(
+    "--cone", type=(float, float, float), metavar="RA DEC RADIUS_ARCSEC", help="Only sources in this cone."
+)
+@click.option("--out", type=_FILE, help="Write the table: .fits, .ecsv, .csv, .vot or .parquet.")
+@click.option("--plot", type=_FILE, help="Draw the hits: .png or .pdf.")
+@click.option("--exact", is_flag=True, help="Compare with every vector although there is an index.")
+def search(
+    store: str,
+    ids: tuple[str, ...],
+    position: tuple[float, float] | None,
+    image: Path | None,
+    k: int,
+    where: str | None,
+    cone: tuple[float, float, float] | None,
+    out: Path | None,
+    plot: Path | None,
+    exact: bool,
+) -> None:
+    """Find the sources of STORE that look like a source, a position or an image."""
+    if sum((bool(ids), position is not None, image is not None)) != 1:
+        raise click.UsageError("give one of --id, --position and --image: what to search for")
+    from galembed.store import open_store
+
+    opened = open_store(store)
+    hits = opened.similar(_query(opened, ids, position, image), k, where=where, cone=cone, exact=exact)
+    click.echo(_printed(hits) if len(hits) else "nothing found")
+    if out is not None:
+        _write(hits, out)
+        click.echo(f"{len(hits)} rows written to {out}")
+    if plot is not None:
+        hits.show(plot)
+        click.echo(f"pictures written to {plot}")
+
+
+def _query(
+    store: Store, ids: tuple[str, ...], position: tuple[float, float] | None, image: Path | None
+) -> Any:
+    if image is not None:
+        return embed_image(store, image)
+    if position is None:
+        return list(ids)
+    import astropy.units as u
+    from astropy.coordinates import SkyCoord
+
+    from galembed.errors import BadRequest
+
+    try:
+        return SkyCoord(position[0] * u.deg, position[1] * u.deg)
+    except ValueError as error:
+        raise BadRequest(f"--position {position[0]} {position[1]} is not on the sky: {error}") from error
+
+
+def embed_image(store: Store, file: Path) -> NDArray[np.float32]:
+    """Return the vector of an image, made as the store's were; shape (dim,), unit norm.
+
+    Raises
+    ------
+    ArtifactNotFound
+        If the store's backbone is not where it was.
+    ArtifactMismatch
+        If another backbone is there now.
+    UnreadableInput
+        If the file cannot be read, or is of the other kind.
+    """
+    from galembed.backbones import load_backbone
+    from galembed.errors import ArtifactMismatch
+    from galembed.runtimes import open_runtime
+    from galembed.sources import cutout_of_file
+
+    backbone = load_backbone(store.contract.backbone)
+    if backbone.embedding_id != store.contract.embedding_id:
+        raise ArtifactMismatch(
+            f"the store was made with backbone {store.contract.embedding_id[:12]}, {backbone.path} now holds "
+            f"{backbone.embedding_id[:12]}; put the old one back to search by image"
+        )
+    cutout = cutout_of_file(file, backbone.contract, store.contract)
+    vector: NDArray[np.float32] = (
+        open_runtime(backbone).embed(cutout.pixels[None], store.contract.input_kind).vectors[0]
+    )
+    return vector
+
+
+def _printed(hits: Hits) -> str:
+    # On a copy: astropy's text writers would round by these formats too.
+    table = hits.copy()
+    table.remove_column("distance")
+    for name in table.colnames:
+        if table[name].dtype.kind == "f":
+            table[name].info.format = ".6f" if name in ("ra", "dec") else ".5g"
+    return "\n".join(table.pformat(max_lines=-1, max_width=-1, show_unit=True))
+
+
+def _write(hits: Hits, out: Path) -> None:
+    from galembed.errors import BadRequest
+
+    formats = {".vot": "votable", ".xml": "votable", ".csv": "ascii.csv"}
+    try:
+        hits.write(out, format=formats.get(out.suffix.lower()), overwrite=True)
+    except Exception as error:  # astropy's writers raise whatever their libraries do
+        raise BadRequest(
+            f"the hits cannot be written to {out}: {str(error).strip().splitlines()[0]}"
+        ) from error
+
+
+@click.group()
+def probe() -> None:
+    """Classify a whole store from a few labels."""
+
+
+_LABELS = click.option(
+    "--labels", type=_FILE, required=True, help="Table of labelled sources: FITS, VOTable, CSV ..."
+)
+_ID_COLUMN = click.option("--id-column", help="Its id column, where it is not guessed right.")
+_REPORT = click.option("--report", type=_FILE, help="Write the scores here, in Markdown.")
+_PLOT = click.option("--plot", type=_FILE, help="Draw the confusion matrix: .png or .pdf.")
+
+
+@probe.command("fit")
+@click.argument("store")
+@_LABELS
+@click.option("--column", required=True, help="Label column: text, integers or booleans.")
+@click.option("--out", type=_FILE, required=True, help="Folder for the probe.")
+@_ID_COLUMN
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the cross-validation's folds.")
+@_REPORT
+@_PLOT
+def fit(
+    store: str,
+    labels: Path,
+    column: str,
+    out: Path,
+    id_column: str | None,
+    seed: int,
+    report: Path | None,
+    plot: Path | None,
+) -> None:
+    """Fit a linear classifier on STORE and score it by cross-validation."""
+    from galembed.probes import fit_probe, save_probe
+    from galembed.store import open_store
+
+    fitted, scores = fit_probe(
+        open_store(store), labels, column, id_column=id_column, seed=seed, name=out.name
+    )
+    save_probe(fitted, out)
+    _tell(scores, report, plot)
+    click.echo(f"probe written to {out}")
+
+
+@probe.command("evaluate")
+@click.argument("store")
+@click.option("--probe", "probe_path", type=_FILE, required=True, help="Folder of the probe.")
+@_LABELS
+@click.option("--column", help="Label column, where it is not the one that the probe was fitted to.")
+@_ID_COLUMN
+@_REPORT
+@_PLOT
+def evaluate(
+    store: str,
+    probe_path: Path,
+    labels: Path,
+    column: str | None,
+    id_column: str | None,
+    report: Path | None,
+    plot: Path | None,
+) -> None:
+    """Score a probe on labels that it was not fitted to."""
+    from galembed.probes import evaluate_probe, load_probe
+    from galembed.store import open_store
+
+    _tell(
+        evaluate_probe(open_store(store), load_probe(probe_path), labels, column, id_column=id_column),
+        report,
+        plot,
+    )
+
+
+@probe.command("apply")
+@click.argument("store")
+@click.option("--probe", "probe_path", type=_FILE, required=True, help="Folder of the probe.")
+@click.option("--out", type=_FILE, required=True, help="Parquet file for the classes and probabilities.")
+def apply(store: str, probe_path: Path, out: Path) -> None:
+    """Classify every source of STORE."""
+    from galembed.probes import apply_probe, load_probe
+    from galembed.store import open_store
+
+    rows = apply_probe(open_store(store), load_probe(probe_path), out)
+    click.echo(f"{rows:,} sources classified in {out}")
+
+
+def _tell(scores: ProbeReport, report: Path | None, plot: Path | None) -> None:
+    click.echo(str(scores))
+    if report is not None:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text(f"{scores}\n", encoding="utf-8")
+    if plot is not None:
+        from galembed.pictures import confusion_figure, save_figure
+
+        save_figure(confusion_figure(scores), plot)

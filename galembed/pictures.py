@@ -1,0 +1,252 @@
+"""Pictures of galaxies and of probes: matplotlib without pyplot, so nothing global and no display needed."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from galembed import sources
+from galembed.backbones import load_backbone
+from galembed.cutouts import Cutout
+from galembed.errors import BadRequest, GalembedError
+from galembed.mappings import LEGACY_DR2, LuptonMapping
+from galembed.store import Store, open_store
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from galembed.probes import ProbeReport
+    from galembed.search import Hits
+
+PIXELS: Final = 128
+"""Side of a picture in a mosaic."""
+
+_INCHES = 1.6
+_PICTURE_COLUMNS = ("survey", "source_id", "source_uri", "ra", "dec", "fov", "input_kind")
+
+Picture = NDArray[Any] | str
+"""An image, shape (y, x, 3), row 0 at the bottom, uint8 or floats in [0, 1]; or why there is none."""
+
+
+def mosaic(images: Sequence[Picture], titles: Sequence[str], *, columns: int = 6) -> Figure:
+    """Return a figure of images, row by row.
+
+    Parameters
+    ----------
+    images : sequence of Picture
+        A string is drawn as an empty frame with that text.
+    titles : sequence of str
+        One for each image.
+    columns : int
+        Images beside each other.
+    """
+    columns = max(1, min(columns, len(images)))
+    rows = -(-len(images) // columns)
+    figure, axes = _grid(rows, columns)
+    for axis, image, title in zip(axes, images, titles, strict=False):
+        _draw(axis, image, title)
+    for axis in axes[len(images) :]:
+        axis.remove()
+    return figure
+
+
+def hits_figure(hits: Hits, *, columns: Sequence[str] = ()) -> Figure:
+    """Return a mosaic of hits, after the sources they were asked for (framed).
+
+    Parameters
+    ----------
+    hits : Hits
+    columns : sequence of str
+        Columns of `hits` to write under each similarity.
+
+    Raises
+    ------
+    BadRequest
+        If one of `columns` is not in `hits`.
+    ArtifactNotFound
+        If the store has gone.
+    """
+    asked, titles = _pictures_of_query(hits), _titles(hits, columns)
+    figure = mosaic([*asked, *_pictures_of_hits(hits)], ["query"] * len(asked) + titles)
+    for axis in figure.axes[: len(asked)]:
+        _frame(axis)
+    return figure
+
+
+def neighbours_figure(searches: Sequence[Hits], *, columns: Sequence[str] = ()) -> Figure:
+    """Return a figure with one row for each search: the query (framed), then what looks like it.
+
+    Parameters
+    ----------
+    searches : sequence of Hits
+        At least one.
+    columns : sequence of str
+        Columns to write under each similarity.
+    """
+    if not searches:
+        raise BadRequest("no search to draw; give at least one Hits table")
+    width = 1 + max(len(hits) for hits in searches)
+    figure, axes = _grid(len(searches), width)
+    for row, hits in enumerate(searches):
+        line = axes[row * width : (row + 1) * width]
+        queries = _pictures_of_query(hits)[:1] or ["a vector"]
+        key = hits.meta["query"][0].partition(":")[2] if hits.meta.get("query") else ""
+        _draw(line[0], queries[0], _shortened(key) or "query")
+        _frame(line[0])
+        for axis, image, title in zip(
+            line[1:], _pictures_of_hits(hits), _titles(hits, columns), strict=False
+        ):
+            _draw(axis, image, title)
+        for axis in line[1 + len(hits) :]:
+            axis.remove()
+    return figure
+
+
+def confusion_figure(report: ProbeReport) -> Figure:
+    """Return a probe's confusion matrix: each row is normalised to 1, counts are written in."""
+    counts = np.array(report.confusion)
+    names = [score.name for score in report.scores]
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    figure = _figure(2 + 0.7 * len(names), 1.6 + 0.6 * len(names))
+    axis = figure.subplots()
+    axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(counts):
+        colour = "white" if share[row, column] > 0.6 else "black"
+        axis.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=8)
+    axis.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+    axis.set_yticks(range(len(names)), names)
+    axis.set(xlabel="predicted", ylabel="label")
+    spread = f" ± {report.spread:.3f}" if np.isfinite(report.spread) else ""
+    axis.set_title(f"balanced accuracy {report.balanced_accuracy:.3f}{spread}", fontsize=9)
+    return figure
+
+
+def save_figure(figure: Figure, file: str | Path) -> None:
+    """Write a figure; the suffix gives the format.
+
+    Raises
+    ------
+    BadRequest
+        If matplotlib does not write that format, or the folder is absent.
+    """
+    try:
+        figure.savefig(file, dpi=150)
+    except (ValueError, OSError) as error:
+        raise BadRequest(f"the picture cannot be written to {file}: {str(error).splitlines()[0]}") from error
+
+
+def rgb(pixels: NDArray[Any], mapping: LuptonMapping = LEGACY_DR2) -> NDArray[Any]:
+    """Return a cutout's pixels as a colour image.
+
+    Parameters
+    ----------
+    pixels : ndarray, shape (3, y, x)
+        As in `galembed.cutouts.Cutout`: float32 flux or uint8 display.
+
+    Returns
+    -------
+    ndarray, shape (y, x, 3)
+        Floats in [0, 1] from flux, uint8 from display images; rows in the order given.
+    """
+    channels = pixels if pixels.dtype == np.uint8 else mapping.channels(pixels)
+    return np.moveaxis(np.asarray(channels), 0, -1)
+
+
+def _pictures_of_query(hits: Hits) -> list[Picture]:
+    keys = [
+        (survey, source_id)
+        for survey, _, source_id in (key.partition(":") for key in hits.meta.get("query", []))
+    ]
+    return _pictures(_store_of(hits), keys) if keys else []
+
+
+def _pictures_of_hits(hits: Hits) -> list[Picture]:
+    keys = list(zip(map(str, hits["survey"]), map(str, hits["source_id"]), strict=True))
+    return _pictures(_store_of(hits), keys)
+
+
+def _store_of(hits: Hits) -> Store:
+    if "store" not in hits.meta:
+        raise BadRequest("this table does not say which store it came from; draw what Store.similar returned")
+    return open_store(hits.meta["store"])
+
+
+def _pictures(store: Store, keys: list[tuple[str, str]]) -> list[Picture]:
+    rows = store.rows(keys, _PICTURE_COLUMNS)
+    mapping = _mapping(store)
+    found = {
+        (survey, source_id): _picture(cut, mapping)
+        for survey, source_id, cut in zip(
+            rows.column("survey").to_pylist(),
+            rows.column("source_id").to_pylist(),
+            sources.recut(rows, store.contract, PIXELS),
+            strict=True,
+        )
+    }
+    return [found.get(key, "no longer in the store") for key in keys]
+
+
+def _picture(cut: Cutout | GalembedError, mapping: LuptonMapping) -> Picture:
+    return str(cut) if isinstance(cut, GalembedError) else rgb(cut.pixels, mapping)
+
+
+def _mapping(store: Store) -> LuptonMapping:
+    """Return the backbone's own mapping; the Legacy Surveys' if the backbone cannot be read any more."""
+    try:
+        return load_backbone(store.contract.backbone).contract.mapping
+    except GalembedError:
+        return LEGACY_DR2
+
+
+def _titles(hits: Hits, columns: Sequence[str]) -> list[str]:
+    unknown = [name for name in columns if name not in hits.colnames]
+    if unknown:
+        raise BadRequest(f"the hits have no column {unknown[0]!r}; they have {', '.join(hits.colnames)}")
+    return ["\n".join([f"{row['similarity']:.3f}", *(_value(row[name]) for name in columns)]) for row in hits]
+
+
+def _value(value: Any) -> str:
+    if np.ma.is_masked(value):
+        return "-"
+    return f"{value:.4g}" if isinstance(value, np.floating) else _shortened(str(value))
+
+
+def _shortened(text: str, length: int = 22) -> str:
+    return text if len(text) <= length else "…" + text[1 - length :]
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="compressed")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _grid(rows: int, columns: int) -> tuple[Figure, list[Axes]]:
+    figure = _figure(_INCHES * columns, (_INCHES + 0.25) * max(rows, 1))
+    axes = figure.subplots(max(rows, 1), columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    return figure, list(axes.flat)
+
+
+def _draw(axis: Axes, image: Picture, title: str) -> None:
+    axis.set_title(title, fontsize=7, pad=2)
+    if not isinstance(image, str):
+        axis.imshow(image, origin="lower", interpolation="nearest")
+        return
+    axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    axis.spines[:].set(visible=True, color="0.7")
+    reason = textwrap.fill(textwrap.shorten(image, 150, placeholder=" …"), 30)
+    axis.text(0.5, 0.5, reason, ha="center", va="center", fontsize=5, color="0.4", in_layout=False)
+
+
+def _frame(axis: Axes) -> None:
+    axis.spines[:].set(visible=True, color="tab:orange", linewidth=2)

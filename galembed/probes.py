@@ -1,0 +1,715 @@
+"""Probes: classify a whole store from a few labels, with a linear classifier on its vectors.
+
+::
+
+    probe/
+        probe.json           embedding_id, classes, how it was fitted and how well it did
+        probe.safetensors    coefficients, and hashes of the sources it was trained on
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from astropy.table import Table
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from galembed import catalogues
+from galembed.errors import ArtifactMismatch, ArtifactNotFound, BadRequest
+from galembed.search import any_of
+from galembed.sky import healpix_index
+from galembed.store import Store, matrix
+
+MIN_MEMBERS: Final = 5
+"""Classes with fewer labelled sources are left out: each of five folds must be able to hold one."""
+
+MAX_CLASSES: Final = 200
+_STRENGTHS: Final = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+_FOLDS: Final = 5
+_PROBE_FORMAT: Final = 1
+
+Matrix = NDArray[np.float32]
+Labels = NDArray[np.str_]
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """How one class fares.
+
+    Attributes
+    ----------
+    name : str
+    precision : float
+        Fraction of the sources called so that are so; NaN if none was.
+    recall : float
+        Fraction of the sources that are so that were called so.
+    support : int
+        Labelled sources.
+    """
+
+    name: str
+    precision: float
+    recall: float
+    support: int
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """How well a probe does on sources it was not fitted to; `str` gives Markdown.
+
+    Attributes
+    ----------
+    column : str
+        Label column.
+    method : str
+        What the numbers were measured on.
+    balanced_accuracy : float
+        Mean recall over the classes, mean over the folds.
+    spread : float
+        Standard deviation over the folds; NaN for a single held-out table.
+    chance : float
+        Balanced accuracy of guessing: 1 / number of classes.
+    scores : tuple of ClassScore
+        Over all folds together.
+    confusion : tuple of tuples of int
+        Rows: label; columns: prediction; in the order of `scores`.
+    unmatched, unlabelled : int
+        Labels whose source is not in the store; rows without a label.
+    left_out : mapping of str to int
+        Labels left out, by class: fewer than five members, or a class that the probe does not know.
+    """
+
+    column: str
+    method: str
+    balanced_accuracy: float
+    spread: float
+    chance: float
+    scores: tuple[ClassScore, ...]
+    confusion: tuple[tuple[int, ...], ...]
+    unmatched: int = 0
+    unlabelled: int = 0
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """Labelled sources that were scored."""
+        return sum(score.support for score in self.scores)
+
+    def __str__(self) -> str:
+        spread = f" ± {self.spread:.3f}" if np.isfinite(self.spread) else ""
+        lines = [
+            f"# Probe for `{self.column}`",
+            "",
+            f"**Balanced accuracy {self.balanced_accuracy:.3f}{spread}** (guessing: {self.chance:.3f}), "
+            f"{self.count} sources, {len(self.scores)} classes; {self.method}.",
+            "",
+            *_notes(self),
+            "| class | precision | recall | sources |",
+            "| --- | --- | --- | --- |",
+            *(f"| {s.name} | {s.precision:.3f} | {s.recall:.3f} | {s.support} |" for s in self.scores),
+            "",
+            "| label \\ predicted | " + " | ".join(score.name for score in self.scores) + " |",
+            "| --- |" + " --- |" * len(self.scores),
+            *(
+                f"| {score.name} | " + " | ".join(map(str, row)) + " |"
+                for score, row in zip(self.scores, self.confusion, strict=True)
+            ),
+        ]
+        return "\n".join(lines)
+
+
+def _notes(report: ProbeReport) -> list[str]:
+    notes = []
+    if report.unmatched:
+        notes.append(f"- {report.unmatched} label(s) name sources that are not in the store")
+    if report.unlabelled:
+        notes.append(f"- {report.unlabelled} row(s) of the table have no label")
+    if report.left_out:
+        counts = ", ".join(f"{name} ({count})" for name, count in report.left_out.items())
+        notes.append(f"- left out: {counts}")
+    return [*notes, ""] if notes else []
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A fitted linear classifier over the vectors of one backbone.
+
+    Attributes
+    ----------
+    name, column : str
+        Its name, and the label column that it was fitted to.
+    embedding_id : str
+        Identity of the backbone whose vectors it reads.
+    classes : tuple of str
+    weights : ndarray, shape (class, dim), float64
+    intercept : ndarray, shape (class,), float64
+    trained_on : ndarray of uint64
+        Hashes of the keys it was fitted to, so that `evaluate_probe` can leave them out.
+    provenance : mapping
+        Regularisation, seed, score in cross-validation.
+    """
+
+    name: str
+    column: str
+    embedding_id: str
+    classes: tuple[str, ...]
+    weights: NDArray[np.float64] = field(repr=False)
+    intercept: NDArray[np.float64] = field(repr=False)
+    trained_on: NDArray[np.uint64] = field(repr=False)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def probabilities(self, vectors: NDArray[Any]) -> NDArray[np.float64]:
+        """Return the probability of each class.
+
+        Classes are weighted equally in the fit, so these are not corrected for how common a class is.
+
+        Parameters
+        ----------
+        vectors : ndarray, shape (n, dim)
+
+        Returns
+        -------
+        ndarray, shape (n, class), float64
+            Rows sum to 1.
+        """
+        logits = np.asarray(vectors, np.float64) @ self.weights.T + self.intercept
+        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return np.asarray(powers / powers.sum(axis=1, keepdims=True))
+
+    def require_store(self, store: Store) -> None:
+        """Check that a store's vectors are of the backbone that the probe was fitted on.
+
+        Raises
+        ------
+        ArtifactMismatch
+        """
+        if store.contract.embedding_id != self.embedding_id:
+            raise ArtifactMismatch(
+                f"probe {self.name!r} was fitted on vectors of backbone {self.embedding_id[:12]}, the store "
+                f"{store.path} holds those of {store.contract.embedding_id[:12]}; fit a probe on this store"
+            )
+
+
+# ---------------------------------------------------------------------------------------------------- fitting
+
+
+@dataclass(frozen=True)
+class _Matched:
+    """Labelled sources. `cells` are order-29 HEALPix indices, negative and unique without a position."""
+
+    vectors: Matrix
+    labels: Labels
+    cells: NDArray[np.int64]
+    hashes: NDArray[np.uint64]
+    unmatched: int
+    unlabelled: int
+
+    def keep(self, mask: NDArray[np.bool_]) -> _Matched:
+        parts = (self.vectors[mask], self.labels[mask], self.cells[mask], self.hashes[mask])
+        return _Matched(*parts, self.unmatched, self.unlabelled)
+
+
+def fit_probe(
+    store: Store,
+    labels: Table | str | Path,
+    column: str,
+    *,
+    id_column: str | None = None,
+    seed: int = 0,
+    name: str | None = None,
+) -> tuple[Probe, ProbeReport]:
+    """Fit a classifier to labelled sources.
+
+    Logistic regression on standardised vectors, classes weighted equally. It is scored by cross-validation in
+    which all sources of a sky cell stay in one fold (neighbours on the sky share seeing, depth and
+    calibration, which a random split would reward); the regularisation is chosen inside each training part,
+    so the score does not profit from it.
+
+    Parameters
+    ----------
+    store : Store
+    labels : Table, str or Path
+        Labelled sources, or a file of them (FITS, VOTable, ECSV, CSV, Parquet).
+    column : str
+        Label column: text, integers or booleans. Rows where it is missing are passed over.
+    id_column : str, optional
+        Column that holds the store's `source_id`; guessed if not given.
+    seed : int
+        Of the folds.
+    name : str, optional
+        Name of the probe; the column's if not given.
+
+    Raises
+    ------
+    UnreadableInput, ArtifactNotFound
+        If the file cannot be read, or is absent.
+    BadRequest
+        If the columns are not there, the labels are not classes or contradict each other, no source is in the
+        store, or fewer than two classes have five members.
+    """
+    matched = _match(store, labels, column, id_column)
+    counts = Counter(matched.labels.tolist())
+    small = {label: count for label, count in sorted(counts.items()) if count < MIN_MEMBERS}
+    matched = matched.keep(~np.isin(matched.labels, list(small)))
+    classes = np.unique(matched.labels)
+    if len(classes) < 2:
+        raise BadRequest(
+            f"a probe needs two classes of at least {MIN_MEMBERS} labelled sources in the store; "
+            f"column {column!r} gives {dict(sorted(counts.items()))}, "
+            f"{matched.unmatched} label(s) not in the store"
+        )
+    truth = np.searchsorted(classes, matched.labels)
+    outer, method = _folds(truth, matched.cells, _FOLDS, seed)
+    predicted = np.empty_like(truth)
+    for train, test in outer:
+        strength = _choose_strength(matched.vectors[train], truth[train], matched.cells[train], seed)
+        predicted[test] = _fit(matched.vectors[train], truth[train], strength).predict(matched.vectors[test])
+    folds = [_balanced_accuracy(truth[test], predicted[test]) for _, test in outer]
+    report = _report(column, method, folds, classes, truth, predicted, matched, small)
+    strength = _choose_strength(matched.vectors, truth, matched.cells, seed)
+    weights, intercept = _linear(_fit(matched.vectors, truth, strength))
+    probe = Probe(
+        name=name or column,
+        column=column,
+        embedding_id=store.contract.embedding_id,
+        classes=tuple(map(str, classes)),
+        weights=weights,
+        intercept=intercept,
+        trained_on=np.sort(matched.hashes),
+        provenance={"C": strength, "seed": seed, "sources": len(truth), "cross_validation": _summary(report)},
+    )
+    return probe, report
+
+
+def _fit(vectors: Matrix, truth: NDArray[np.intp], strength: float) -> Any:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    model = make_pipeline(
+        StandardScaler(), LogisticRegression(C=strength, class_weight="balanced", max_iter=5000)
+    )
+    # On a few thousand rows, BLAS threads waiting for one another cost up to twenty times the fit itself.
+    with threadpool_limits(1 if len(truth) < 20_000 else None):
+        return model.fit(vectors.astype(np.float64), truth)
+
+
+def _linear(model: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return weights and intercepts, one row per class, with the scaling folded in."""
+    scaler, classifier = (step for _, step in model.steps)
+    weights = classifier.coef_ / scaler.scale_
+    intercept = classifier.intercept_ - weights @ scaler.mean_
+    if len(weights) == 1:  # Two classes have one logistic function; a softmax against 0 is the same.
+        weights, intercept = np.vstack([0 * weights, weights]), np.append(0.0, intercept)
+    return np.ascontiguousarray(weights), np.ascontiguousarray(intercept)
+
+
+def _choose_strength(vectors: Matrix, truth: NDArray[np.intp], cells: NDArray[np.int64], seed: int) -> float:
+    """Return the regularisation (sklearn's C) with the best balanced accuracy over three folds."""
+    folds, _ = _folds(truth, cells, 3, seed)
+
+    def score(strength: float) -> float:
+        return float(
+            np.mean(
+                [
+                    _balanced_accuracy(
+                        truth[test], _fit(vectors[train], truth[train], strength).predict(vectors[test])
+                    )
+                    for train, test in folds
+                ]
+            )
+        )
+
+    return max(_STRENGTHS, key=score)
+
+
+Folds = list[tuple[NDArray[np.intp], NDArray[np.intp]]]
+
+
+def _folds(truth: NDArray[np.intp], cells: NDArray[np.int64], count: int, seed: int) -> tuple[Folds, str]:
+    """Return (train, test) rows and a line on how they were made; every training part has every class."""
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+    count = max(2, min(count, int(np.bincount(truth).min())))
+    if (cells >= 0).mean() > 0.5:
+        for order in range(3, 13):
+            groups = np.where(cells >= 0, cells >> 2 * (29 - order), cells)
+            if len(np.unique(groups)) < 10 * count:
+                continue
+            splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
+            folds = list(splitter.split(truth, truth, groups))
+            if all(len(test) and _whole(truth, train) for train, test in folds):
+                width = 58.6 / 2**order
+                return folds, f"{count}-fold cross-validation, folds grouped by sky cells of {width:.2g} deg"
+    folds = list(StratifiedKFold(count, shuffle=True, random_state=seed).split(truth, truth))
+    return (
+        folds,
+        f"{count}-fold cross-validation, folds at random (too few positions or sky cells to group by)",
+    )
+
+
+def _whole(truth: NDArray[np.intp], train: NDArray[np.intp]) -> bool:
+    return len(np.unique(truth[train])) == len(np.unique(truth))
+
+
+def _balanced_accuracy(truth: NDArray[np.intp], predicted: NDArray[np.intp]) -> float:
+    """Return the mean recall over the classes that occur in `truth`."""
+    return float(np.mean([(predicted[truth == label] == label).mean() for label in np.unique(truth)]))
+
+
+def _report(
+    column: str,
+    method: str,
+    folds: Sequence[float],
+    classes: Labels,
+    truth: NDArray[np.intp],
+    predicted: NDArray[np.intp],
+    matched: _Matched,
+    left_out: Mapping[str, int],
+) -> ProbeReport:
+    confusion = np.zeros((len(classes), len(classes)), int)
+    np.add.at(confusion, (truth, predicted), 1)
+    called, support, right = confusion.sum(axis=0), confusion.sum(axis=1), np.diag(confusion)
+    scores = tuple(
+        ClassScore(
+            str(label),
+            precision=float(right[row] / called[row]) if called[row] else float("nan"),
+            recall=float(right[row] / support[row]) if support[row] else float("nan"),
+            support=int(support[row]),
+        )
+        for row, label in enumerate(classes)
+    )
+    return ProbeReport(
+        column=column,
+        method=method,
+        balanced_accuracy=float(np.mean(folds)),
+        spread=float(np.std(folds, ddof=1)) if len(folds) > 1 else float("nan"),
+        chance=1 / len(classes),
+        scores=scores,
+        confusion=tuple(tuple(map(int, row)) for row in confusion),
+        unmatched=matched.unmatched,
+        unlabelled=matched.unlabelled,
+        left_out=dict(left_out),
+    )
+
+
+def _summary(report: ProbeReport) -> dict[str, Any]:
+    return {
+        "balanced_accuracy": report.balanced_accuracy,
+        "spread": report.spread,
+        "method": report.method,
+        # JSON has no NaN.
+        "classes": [
+            {key: None if value != value else value for key, value in asdict(score).items()}
+            for score in report.scores
+        ],
+    }
+
+
+# -------------------------------------------------------------------------------------- labels and their rows
+
+
+def _match(store: Store, labels: Table | str | Path, column: str, id_column: str | None) -> _Matched:
+    table = labels if isinstance(labels, Table) else catalogues.read_table(labels)
+    if column not in table.colnames:
+        raise BadRequest(f"the labels have no column {column!r}; they have {', '.join(table.colnames[:30])}")
+    ids, texts = _ids(table, id_column), _class_names(table[column])
+    labelled = [(key, text) for key, text in zip(ids, texts, strict=True) if text]
+    wanted = _agreed(labelled, column)
+    found = _labelled_rows(store, list(wanted))
+    if not found.num_rows:
+        sample = next(store.batches(["source_id"], batch_size=1), None)
+        theirs = (
+            repr(sample.column("source_id")[0].as_py()) if sample is not None and sample.num_rows else "none"
+        )
+        raise BadRequest(
+            f"none of the {len(wanted)} labelled sources is in the store {store.path}: the labels' ids "
+            f"look like {next(iter(wanted))!r}, the store's like {theirs}; name the column with --id-column"
+        )
+    found_ids = found.column("source_id").to_pylist()
+    names = np.array([wanted[source_id] for source_id in found_ids])
+    if len(set(names.tolist())) > MAX_CLASSES:
+        raise BadRequest(
+            f"column {column!r} holds {len(set(names.tolist()))} different labels; that is no class column"
+        )
+    return _Matched(
+        vectors=matrix(found.column("vector")),
+        labels=names,
+        cells=_cells(found),
+        hashes=_hashes(found),
+        unmatched=len(set(wanted) - set(found_ids)),
+        unlabelled=len(texts) - len(labelled),
+    )
+
+
+def _ids(table: Table, id_column: str | None) -> list[str]:
+    """Return the id of each row; see `galembed.catalogues.GUESSES`."""
+    lower = {name.lower(): name for name in reversed(table.colnames)}
+    legacy = [lower.get(part) for part in ("release", "brickid", "objid")]
+    if id_column is not None:
+        if id_column not in table.colnames:
+            raise BadRequest(
+                f"the labels have no column {id_column!r}; they have {', '.join(table.colnames[:30])}"
+            )
+        ids = catalogues._as_ids(table[id_column])
+    elif all(legacy):
+        ids = catalogues._join_ids([table[name] for name in legacy])
+    else:
+        guesses = catalogues.GUESSES["id"]
+        name = next((lower[guess] for guess in guesses if guess in lower), None)
+        if name is None:
+            raise BadRequest(
+                f"the labels have no id column (tried {', '.join(guesses)}, and release, brickid, objid); "
+                f"they have {', '.join(table.colnames[:30])}; name it with --id-column"
+            )
+        ids = catalogues._as_ids(table[name])
+    return list(map(str, ids.to_pylist()))
+
+
+def _class_names(column: Any) -> list[str]:
+    """Return labels as stripped text, "" where missing."""
+    values = np.asarray(column)
+    missing = np.broadcast_to(np.asarray(getattr(column, "mask", False)), values.shape).copy()
+    if values.ndim != 1:
+        raise BadRequest(f"label column {column.name!r} holds arrays; a probe needs one class per row")
+    if values.dtype.kind == "f":
+        missing |= ~np.isfinite(values)
+        if np.any(values[~missing] % 1):
+            raise BadRequest(
+                f"label column {column.name!r} holds fractions; a probe needs classes, not measurements"
+            )
+        values = np.where(missing, 0, values).astype(np.int64)
+    if values.dtype.kind == "S":
+        values = np.char.decode(values, "utf-8")
+    return ["" if gone else str(value).strip() for gone, value in zip(missing, values.tolist(), strict=True)]
+
+
+def _agreed(labelled: list[tuple[str, str]], column: str) -> dict[str, str]:
+    agreed: dict[str, str] = {}
+    for key, text in labelled:
+        if agreed.setdefault(key, text) != text:
+            raise BadRequest(
+                f"source {key!r} is labelled {agreed[key]!r} and {text!r} in column {column!r}; settle on one"
+            )
+    if not agreed:
+        raise BadRequest(f"label column {column!r} is empty")
+    return agreed
+
+
+def _labelled_rows(store: Store, ids: list[str]) -> pa.Table:
+    columns = ["survey", "source_id", "ra", "dec", "vector"]
+    # A filter on a few ids reads little; a long one costs more than reading every row once.
+    filters = (
+        [any_of("source_id", ids[at : at + 500]) for at in range(0, len(ids), 500)]
+        if len(ids) <= 5000
+        else [None]
+    )
+    wanted = pa.array(ids, pa.string())
+    batches = [
+        batch.filter(pc.is_in(batch.column("source_id"), value_set=wanted))
+        for where in filters
+        for batch in store.batches(columns, where)
+    ]
+    table = pa.Table.from_batches(batches, schema=pa.schema([store.schema.field(name) for name in columns]))
+    # Folds follow row order, and a scan's order is not fixed.
+    return table.sort_by([("survey", "ascending"), ("source_id", "ascending")])
+
+
+def _cells(rows: pa.Table) -> NDArray[np.int64]:
+    ra, dec = (rows.column(name).to_numpy().astype(np.float64) for name in ("ra", "dec"))
+    cells = -1 - np.arange(len(ra), dtype=np.int64)
+    known = np.isfinite(ra) & np.isfinite(dec)
+    if known.any():
+        cells[known] = healpix_index(ra[known], dec[known])
+    return cells
+
+
+def _hashes(rows: pa.Table) -> NDArray[np.uint64]:
+    pairs = zip(rows.column("survey").to_pylist(), rows.column("source_id").to_pylist(), strict=True)
+    digests = (
+        hashlib.sha256(f"{survey}\x1f{source_id}".encode()).digest()[:8] for survey, source_id in pairs
+    )
+    return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
+
+
+# ------------------------------------------------------------------------------------ evaluating and applying
+
+
+def evaluate_probe(
+    store: Store,
+    probe: Probe,
+    labels: Table | str | Path,
+    column: str | None = None,
+    *,
+    id_column: str | None = None,
+) -> ProbeReport:
+    """Score a probe on labelled sources that it was not fitted to; those that it was are left out.
+
+    Parameters
+    ----------
+    column : str, optional
+        Label column; the probe's own if not given.
+
+    Raises
+    ------
+    ArtifactMismatch
+        If the store's vectors are of another backbone.
+    BadRequest
+        If no labelled source is left.
+    """
+    probe.require_store(store)
+    column = column or probe.column
+    matched = _match(store, labels, column, id_column)
+    unseen = ~np.isin(matched.hashes, probe.trained_on)
+    known = np.isin(matched.labels, probe.classes)
+    left_out = dict(sorted(Counter(matched.labels[unseen & ~known].tolist()).items()))
+    seen = int((~unseen).sum())
+    matched = matched.keep(unseen & known)
+    if not len(matched.labels):
+        raise BadRequest(
+            f"no labelled source to score on: {seen} were used in the fit, {sum(left_out.values())} have "
+            f"a label it does not know ({', '.join(left_out) or 'none'})"
+        )
+    classes = np.array(probe.classes)
+    truth = np.searchsorted(classes, matched.labels)
+    predicted = np.argmax(probe.probabilities(matched.vectors), axis=1)
+    method = f"a held-out table ({seen} source(s) that the probe was fitted to left out)"
+    return _report(
+        column, method, [_balanced_accuracy(truth, predicted)], classes, truth, predicted, matched, left_out
+    )
+
+
+def apply_probe(store: Store, probe: Probe, out: str | Path) -> int:
+    """Classify every row of a store into a Parquet file; return the number of rows.
+
+    Columns: `survey`, `source_id`, `ra`, `dec`, `predicted` and `probability_<class>` (float32, summing to
+    1). Rows pass through in batches: the store may be larger than memory.
+
+    Raises
+    ------
+    ArtifactMismatch
+        If the store's vectors are of another backbone.
+    """
+    probe.require_store(store)
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + ".partial")
+    schema = _predictions_schema(store, probe)
+    rows = 0
+    with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+        for batch in _predictions(store, probe, schema):
+            writer.write_batch(batch)
+            rows += batch.num_rows
+    partial.replace(out)
+    return rows
+
+
+def _predictions_schema(store: Store, probe: Probe) -> pa.Schema:
+    fields = [store.schema.field(name) for name in ("survey", "source_id", "ra", "dec")]
+    fields.append(
+        pa.field("predicted", pa.string(), metadata={"doc": f"most probable class of {probe.column}"})
+    )
+    fields += [pa.field(f"probability_{name}", pa.float32()) for name in probe.classes]
+    return pa.schema(
+        fields, metadata={"galembed.probe": probe.name, "galembed.embedding_id": probe.embedding_id}
+    )
+
+
+def _predictions(store: Store, probe: Probe, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    classes = np.array(probe.classes)
+    for batch in store.batches(["survey", "source_id", "ra", "dec", "vector"]):
+        chances = probe.probabilities(matrix(batch.column("vector")))
+        arrays = [batch.column(name) for name in ("survey", "source_id", "ra", "dec")]
+        arrays.append(pa.array(classes[np.argmax(chances, axis=1)], pa.string()))
+        arrays += [pa.array(column.astype(np.float32)) for column in chances.T]
+        yield pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+# ---------------------------------------------------------------------------------------------------- on disk
+
+
+def save_probe(probe: Probe, path: str | Path) -> Path:
+    """Write a probe as a directory; an older probe there is replaced.
+
+    Raises
+    ------
+    BadRequest
+        If `path` is a file, or a directory that holds something else.
+    """
+    directory = Path(path)
+    if directory.is_file() or (
+        directory.is_dir() and any(directory.iterdir()) and not (directory / "probe.json").exists()
+    ):
+        raise BadRequest(f"{directory} exists and is not a probe; choose another --out")
+    directory.mkdir(parents=True, exist_ok=True)
+    arrays = {"weights": probe.weights, "intercept": probe.intercept, "trained_on": probe.trained_on}
+    save_file(
+        {key: np.ascontiguousarray(value) for key, value in arrays.items()}, directory / "probe.safetensors"
+    )
+    description = {
+        "format": _PROBE_FORMAT,
+        "name": probe.name,
+        "column": probe.column,
+        "embedding_id": probe.embedding_id,
+        "classes": list(probe.classes),
+        "provenance": dict(probe.provenance),
+    }
+    partial = directory / "probe.json.partial"
+    partial.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    partial.replace(directory / "probe.json")
+    return directory
+
+
+def load_probe(path: str | Path) -> Probe:
+    """Read what `save_probe` wrote.
+
+    Raises
+    ------
+    ArtifactNotFound
+        If there is no probe.
+    ArtifactMismatch
+        If it is damaged, or of another format.
+    """
+    directory = Path(path)
+    files = (directory / "probe.json", directory / "probe.safetensors")
+    if not all(file.is_file() for file in files):
+        raise ArtifactNotFound(f"no probe in {directory}; make one with `galembed probe fit`")
+    try:
+        data = json.loads(files[0].read_text(encoding="utf-8"))
+        arrays = load_file(files[1])
+        if data["format"] != _PROBE_FORMAT:
+            raise ArtifactMismatch(
+                f"{directory}: probe format {data['format']}, this galembed reads {_PROBE_FORMAT}"
+            )
+        probe = Probe(
+            name=data["name"],
+            column=data["column"],
+            embedding_id=data["embedding_id"],
+            classes=tuple(data["classes"]),
+            weights=arrays["weights"],
+            intercept=arrays["intercept"],
+            trained_on=arrays["trained_on"],
+            provenance=data["provenance"],
+        )
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        if isinstance(error, ArtifactMismatch):
+            raise
+        raise ArtifactMismatch(f"{directory} is a damaged probe ({error!r}); fit it again") from error
+    if len(probe.classes) != len(probe.weights):
+        raise ArtifactMismatch(
+            f"{directory}: {len(probe.classes)} classes but {len(probe.weights)} rows of weights"
+        )
+    return probe

@@ -1,0 +1,312 @@
+import json
+import subprocess
+import sys
+
+import lancedb
+import numpy as np
+import pyarrow as pa
+import pytest
+from astropy import units as u
+from astropy.coordinates import SkyCoord
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import galembed
+from galembed.errors import ArtifactMismatch, ArtifactNotFound, BadRequest
+from galembed.search import Hits
+from galembed.sky import separation_arcsec
+from galembed.store import open_store
+from tests.galembed.stores import CONTRACT, DIM, failed, make_store, rows
+
+
+@pytest.fixture(scope="module")
+def data():
+    return rows(400, seed=1)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, data):
+    other = rows(
+        30, seed=2, survey="hsc", source_id=[f"legacy-{n}" if n < 2 else f"hsc-{n}" for n in range(30)]
+    )
+    failures = failed([("legacy", "legacy-3"), ("legacy", "gone-1"), ("legacy", "gone-2")])
+    path = tmp_path_factory.mktemp("stores") / "galaxies.lance"
+    return make_store(path, data, other, failures=failures)
+
+
+def nearest(data, vector, k, mask):
+    """Brute force: ids of the k nearest by cosine among the rows of `mask`."""
+    distance = 1 - np.asarray(data["vector"], float) @ np.asarray(vector, float)
+    order = [row for row in np.argsort(distance) if mask[row]][:k]
+    return [data["source_id"][row] for row in order]
+
+
+def test_absent_store_says_how_to_make_one(tmp_path):
+    with pytest.raises(ArtifactNotFound, match=r"does not exist; make a store with `galembed embed"):
+        galembed.open(tmp_path / "none.lance")
+    assert not (tmp_path / "none.lance").exists()
+
+
+def test_empty_folder_is_no_store(tmp_path):
+    with pytest.raises(ArtifactNotFound, match=r"holds no embeddings table; make a store"):
+        open_store(tmp_path)
+
+
+def test_file_is_no_store(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ArtifactNotFound, match="is a file"):
+        open_store(tmp_path / "file")
+
+
+def test_foreign_lancedb_is_refused(tmp_path):
+    lancedb.connect(tmp_path).create_table("embeddings", pa.table({"id": [1]}))
+    with pytest.raises(ArtifactMismatch, match="not a galembed store"):
+        open_store(tmp_path)
+
+
+def test_opened_store_describes_itself(store):
+    assert (len(store), store.dim, store.contract) == (430, DIM, CONTRACT)
+    assert store.columns["ra"] == "deg"
+    assert store.columns["mag_r"] == "mag"
+    assert store.carried == ("mag_r", "redshift", "kind")
+
+
+def test_import_loads_no_lancedb():
+    code = "import galembed.commands, sys; assert not {'lancedb', 'torch', 'sklearn'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_failures_hide_what_was_embedded_later(store):
+    assert sorted(store.failures()["source_id"]) == ["gone-1", "gone-2"]
+
+
+def test_failures_without_a_table_are_none(tmp_path):
+    assert len(make_store(tmp_path / "s", rows(3)).failures()) == 0
+
+
+def test_status_counts(store):
+    status = store.status()
+    assert (status.rows, status.failures, status.engines) == (430, {"unreadable": 2}, {"torch:abc": 430})
+    assert (status.partitions, status.index, status.unindexed) == (4, "exact", 0)
+    assert "430 in 4 partitions" in str(status)
+    assert "blue = g" in str(status)
+
+
+def test_status_tells_the_last_job(tmp_path):
+    store = make_store(tmp_path / "s", rows(3))
+    assert "last job  unknown" in str(store.status())
+    (tmp_path / "s" / "job.json").write_text(json.dumps({"state": "done", "embedded": 3, "log": [1]}))
+    assert "last job  state done, embedded 3" in str(store.status())
+
+
+def test_vectors_come_with_their_keys(store, data):
+    keys, vectors = store.vectors("survey = 'legacy' AND mag_r < 16")
+    assert vectors.dtype == np.float32
+    wanted = {
+        i: v for i, v, m in zip(data["source_id"], data["vector"], data["mag_r"], strict=True) if m < 16
+    }
+    assert set(keys["source_id"]) == set(wanted)
+    for key, vector in zip(keys["source_id"], vectors, strict=True):
+        np.testing.assert_array_equal(vector, wanted[key])
+
+
+def test_vectors_of_no_row_keep_their_shape(store):
+    keys, vectors = store.vectors("mag_r < 0")
+    assert (len(keys), vectors.shape) == (0, (0, DIM))
+
+
+def test_rows_follow_the_keys(store):
+    keys = [("legacy", "legacy-9"), ("hsc", "legacy-1"), ("legacy", "absent"), ("legacy", "legacy-2")]
+    assert store.rows(keys, ["survey", "source_id"]).to_pylist() == [
+        {"survey": survey, "source_id": key} for survey, key in keys if key != "absent"
+    ]
+
+
+def test_similar_by_id_agrees_with_brute_force(store, data):
+    hits = store.similar("legacy-7", k=20, where="survey = 'legacy'")
+    mask = np.arange(400) != 7
+    assert list(hits["source_id"]) == nearest(data, data["vector"][7], 20, mask)
+
+
+def test_similar_with_filter_and_cone_agrees_with_brute_force(store, data):
+    hits = store.similar("legacy-7", k=10, where="mag_r < 19 AND redshift > 0.1", cone=(120, 10, 60 * 3600))
+    z = np.array([np.nan if value is None else value for value in data["redshift"]])
+    mask = (
+        (data["mag_r"] < 19) & (z > 0.1) & (separation_arcsec(120, 10, data["ra"], data["dec"]) < 60 * 3600)
+    )
+    mask[7] = False
+    ours = [key for survey, key in zip(hits["survey"], hits["source_id"], strict=True) if survey == "legacy"]
+    assert ours == nearest(data, data["vector"][7], 10, mask)[: len(ours)]
+
+
+def test_or_in_a_filter_does_not_loosen_the_cone(store, data):
+    hits = store.similar("legacy-7", k=400, where="mag_r < 19 OR mag_r >= 19", cone=(120, 10, 20 * 3600))
+    assert (separation_arcsec(120, 10, hits["ra"], hits["dec"]) <= 20 * 3600).all()
+
+
+def test_the_source_itself_comes_first_when_wanted(store):
+    hits = store.similar("legacy-7", k=3, exclude_self=False)
+    assert hits["source_id"][0] == "legacy-7"
+    assert hits["similarity"][0] == pytest.approx(1, abs=1e-6)
+
+
+def test_fewer_rows_than_asked(store):
+    assert len(store.similar("hsc-5", k=1000, where="survey = 'hsc'")) == 29
+
+
+def test_several_ids_mean_their_direction(store, data):
+    hits = store.similar(["legacy-7", "legacy-8"], k=5, where="survey = 'legacy'")
+    mean = (data["vector"][7] + data["vector"][8]) / 2
+    mask = ~np.isin(np.arange(400), [7, 8])
+    assert list(hits["source_id"]) == nearest(data, mean, 5, mask)
+    assert hits.meta["query"] == ["legacy:legacy-7", "legacy:legacy-8"]
+
+
+def test_hits_can_be_asked_about_again(store):
+    hits = store.similar("legacy-7", k=5)
+    again = store.similar(hits[:2], k=5)
+    assert again.meta["query"] == [f"{row['survey']}:{row['source_id']}" for row in hits[:2]]
+    assert store.similar(hits[0], k=1).meta["query"] == again.meta["query"][:1]
+
+
+def test_vector_of_any_length_is_a_direction(store, data):
+    hits = store.similar(3 * data["vector"][7], k=1)
+    assert (hits["source_id"][0], hits.meta["query"]) == ("legacy-7", [])
+
+
+def test_id_of_two_surveys_must_be_told_apart(store):
+    with pytest.raises(BadRequest, match=r"2 surveys; ask for 'hsc:legacy-1' or 'legacy:legacy-1'"):
+        store.similar("legacy-1")
+    assert store.similar("hsc:legacy-1").meta["query"] == ["hsc:legacy-1"]
+
+
+def test_quote_in_an_id_is_no_sql(tmp_path):
+    store = make_store(tmp_path / "s", rows(3, source_id=["it's", "b:c", "d"]))
+    assert store.similar("it's").meta["query"] == ["legacy:it's"]
+    assert store.similar("b:c").meta["query"] == ["legacy:b:c"]
+    with pytest.raises(BadRequest, match="no source"):
+        store.similar("x' OR 'a' = 'a")
+
+
+def test_integer_ids_are_taken(tmp_path):
+    store = make_store(tmp_path / "s", rows(3, source_id=["588017703996096547", "2", "3"]))
+    assert store.similar(588017703996096547).meta["query"] == ["legacy:588017703996096547"]
+
+
+@pytest.mark.parametrize(
+    ("to", "message"),
+    [
+        ("legacy-7777", r"no source 'legacy-7777'.*its ids look like 'legacy-"),
+        ("hsc:legacy-9", "no source 'hsc:legacy-9'"),
+        (np.ones(DIM + 1), r"vectors have 16 numbers, the query has shape \(17,\)"),
+        (np.zeros(DIM), "no direction"),
+        (np.full(DIM, np.nan), "no direction"),
+        ([], "vectors have 16 numbers"),
+        ({"a": 1}, "got dict"),
+        (None, "got NoneType"),
+        (SkyCoord([1, 2] * u.deg, [1, 2] * u.deg), "give one position"),
+    ],
+)
+def test_unknown_query_is_refused(store, to, message):
+    with pytest.raises(BadRequest, match=message):
+        store.similar(to)
+
+
+@pytest.mark.parametrize("k", [0, -1, 2.5, "3"])
+def test_k_is_a_positive_integer(store, k):
+    with pytest.raises(BadRequest, match="at least 1"):
+        store.similar("legacy-7", k=k)
+
+
+def test_position_finds_its_source(store, data):
+    position = SkyCoord(data["ra"][9] * u.deg, (data["dec"][9] + 3 / 3600) * u.deg)
+    assert store.similar(position.galactic).meta["query"] == ["legacy:legacy-9"]
+
+
+def test_position_beside_a_source_tells_how_far(store, data):
+    with pytest.raises(BadRequest, match=r"no source within 5 arcsec .* nearest is 40\.0 arcsec away"):
+        store.similar(SkyCoord(data["ra"][9] * u.deg, (data["dec"][9] + 40 / 3600) * u.deg))
+
+
+def test_hits_are_an_astropy_table_with_units(store):
+    hits = store.similar("legacy-7", k=50)
+    assert isinstance(hits, Hits)
+    assert hits.colnames[:7] == ["similarity", "distance", "survey", "source_id", "ra", "dec", "fov"]
+    assert hits.colnames[7:] == ["mag_r", "redshift", "kind"]
+    assert (hits["ra"].unit, hits["fov"].unit, hits["mag_r"].unit) == (u.deg, u.arcsec, u.mag)
+    assert hits["redshift"].mask.any()
+    np.testing.assert_allclose(hits["similarity"], 1 - hits["distance"], atol=1e-7)
+    assert (np.diff(hits["distance"]) >= 0).all()
+
+
+def test_columns_choose_what_comes_back(store):
+    hits = store.similar("legacy-7", k=2, columns=["engine", "vector"])
+    assert hits.colnames[7:] == ["engine", "vector"]
+    assert hits["vector"].shape == (2, DIM)
+    with pytest.raises(BadRequest, match=r"no column 'mag_z'; did you mean mag_r"):
+        store.similar("legacy-7", columns=["mag_z"])
+
+
+@pytest.mark.parametrize("suffix", ["fits", "ecsv", "csv", "vot", "parquet"])
+def test_hits_are_written_by_astropy(store, tmp_path, suffix):
+    from galembed.catalogues import read_table
+    from galembed.commands import _write
+
+    hits = store.similar("legacy-7", k=8, where="mag_r < 20", cone=(1, 2, 600000))
+    _write(hits, tmp_path / f"hits.{suffix}")
+    back = read_table(tmp_path / f"hits.{suffix}")
+    assert [str(key) for key in back["source_id"]] == list(hits["source_id"])
+    np.testing.assert_array_equal(back["ra"], hits["ra"])
+    np.testing.assert_array_equal(np.asarray(back["similarity"], np.float32), hits["similarity"])
+
+
+def test_nothing_found_is_an_empty_table(store):
+    hits = store.similar("legacy-7", where="mag_r < 0")
+    assert (len(hits), hits["ra"].unit) == (0, u.deg)
+
+
+@pytest.fixture(scope="module")
+def sky(tmp_path_factory):
+    """Sources crowded at the poles and across RA 0, and a few without a position."""
+    rng = np.random.default_rng(5)
+    ra = np.concatenate([rng.uniform(0, 360, 200), rng.uniform(-1, 1, 100) % 360, [np.nan] * 5])
+    dec = np.concatenate(
+        [90 - rng.exponential(1, 100), rng.exponential(1, 100) - 90, rng.uniform(-1, 1, 100)]
+    )
+    data = rows(305, seed=6, ra=ra, dec=np.concatenate([dec, [np.nan] * 5]))
+    return data, make_store(tmp_path_factory.mktemp("sky") / "s", data)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    ra=st.one_of(st.floats(-2, 2), st.floats(0, 360)),
+    dec=st.one_of(st.floats(-90, -88), st.floats(88, 90), st.floats(-1.5, 1.5)),
+    log_radius=st.floats(0, 5.81),
+    k=st.integers(1, 40),
+)
+@example(ra=0.0, dec=90.0, log_radius=3.5, k=40)
+@example(ra=360.0, dec=-90.0, log_radius=3.5, k=40)
+@example(ra=0.0, dec=0.0, log_radius=3.5, k=40)
+def test_cone_finds_what_brute_force_finds(sky, ra, dec, log_radius, k):
+    data, store = sky
+    inside = separation_arcsec(ra, dec, data["ra"], data["dec"]) <= 10**log_radius
+    hits = store.similar(data["vector"][0], k=k, cone=(ra, dec, 10**log_radius))
+    assert list(hits["source_id"]) == nearest(data, data["vector"][0], k, inside)
+
+
+def test_cone_of_no_radius_holds_its_source(sky):
+    data, store = sky
+    hits = store.similar(data["vector"][1], cone=(data["ra"][9], data["dec"][9], 0))
+    assert list(hits["source_id"]) == ["legacy-9"]
+
+
+def test_whole_sky_cone_leaves_out_sources_without_position(sky):
+    data, store = sky
+    assert len(store.similar(data["vector"][1], k=400, cone=(0, 0, 648000))) == 300
+    assert len(store.similar(data["vector"][1], k=400)) == 305
+
+
+@pytest.mark.parametrize("cone", [(1, 2), (1, 91, 5), (1, 2, -3), (np.nan, 2, 3), ("a", 2, 3), 7])
+def test_impossible_cone_is_refused(store, cone):
+    with pytest.raises(BadRequest, match="a cone"):
+        store.similar("legacy-7", cone=cone)
