@@ -147,5 +147,3 @@ def _cutouts(backbone: Backbone, reader: SourceReader) -> NDArray[Any]:
     if not pixels:
         raise BadRequest(f"none of the first {len(rows)} sources of {reader.root} can be read to verify on")
     return np.stack(pixels)
-
-

@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 __all__ = ["GalembedError", "__version__", "open"]
 
 
-def open(path: str | Path) -> Store:  # noqa: A001 - `galembed.open` is how scripts read it
+def open(path: str | Path) -> Store:
     """Open a store that `galembed embed` made.
 
     Parameters

@@ -87,7 +87,11 @@ class InputContract:
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready form."""
-        return asdict(self) | {"mapping": self.mapping.to_dict(), "mean": list(self.mean), "std": list(self.std)}
+        return asdict(self) | {
+            "mapping": self.mapping.to_dict(),
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> InputContract:
@@ -259,7 +263,10 @@ def save_backbone(
         for key, value in weights.items()
     }
     save_file(stored, directory / "weights.safetensors")
-    save_file({key: np.ascontiguousarray(value) for key, value in samples.items()}, directory / "samples.safetensors")
+    save_file(
+        {key: np.ascontiguousarray(value) for key, value in samples.items()},
+        directory / "samples.safetensors",
+    )
     rounded = load_weights(directory / "weights.safetensors")
     description = {
         "format": 1,

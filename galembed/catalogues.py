@@ -96,17 +96,14 @@ def read_catalogue(
         arrays[name] = values
         fields.append(pa.field(name, values.type, metadata={"unit": unit} if unit else None))
 
-    found = {part: _find(table, part, columns, path) for part in GUESSES}
-    legacy = [_match(table, name) for name in ("release", "brickid", "objid")]
-    if "id" not in columns and all(legacy):
-        add("source_id", _join_ids([table[name] for name in legacy if name]), "")
-    elif found["id"]:
-        add("source_id", _as_ids(table[found["id"]]), "")
+    ids = source_ids(table, _find(table, "id", columns, path) if "id" in columns else None)
+    if ids is not None:
+        add("source_id", ids, "")
     for part in ("ra", "dec", "size"):
-        if found[part]:
-            used.add(found[part])
+        if found := _find(table, part, columns, path):
+            used.add(found)
             unit = "arcsec" if part == "size" else "deg"
-            add(part, _numbers(table[found[part]], unit), unit)
+            add(part, _numbers(table[found], unit), unit)
     lacking = [part for part in need if ("source_id" if part == "id" else part) not in arrays]
     if lacking:
         raise BadRequest(
@@ -122,6 +119,31 @@ def read_catalogue(
         if wanted and table[name].ndim == 1 and name.lower() not in arrays:
             add(name.lower(), _to_arrow(table[name]), str(table[name].unit or ""))
     return pa.table(arrays, schema=pa.schema(fields))
+
+
+def source_ids(table: Table, column: str | None = None) -> pa.Array | None:
+    """Return each row's id as stripped text.
+
+    Parameters
+    ----------
+    table : Table
+    column : str, optional
+        The id column; else `release`, `brickid` and `objid` joined by hyphens, else the first of `GUESSES`.
+
+    Returns
+    -------
+    pa.Array of strings, or None if the table has none of these columns
+
+    Raises
+    ------
+    BadRequest
+        If the ids are floating point.
+    """
+    legacy = [_match(table, name) for name in ("release", "brickid", "objid")]
+    if column is None and all(legacy):
+        return pc.binary_join_element_wise(*[_as_ids(table[name]) for name in legacy], "-")
+    column = column or next((match for guess in GUESSES["id"] if (match := _match(table, guess))), None)
+    return _as_ids(table[column]) if column else None
 
 
 def duplicate_rows(keys: pa.ChunkedArray) -> np.ndarray[Any, np.dtype[np.bool_]]:
@@ -184,10 +206,6 @@ def _as_ids(column: Any) -> pa.Array:
     if values.dtype.kind == "S":
         values = np.char.decode(values, "utf-8")
     return pa.array(np.char.strip(values.astype(str)).tolist(), pa.string())
-
-
-def _join_ids(columns: list[Any]) -> pa.Array:
-    return pc.binary_join_element_wise(*[_as_ids(column) for column in columns], "-")
 
 
 def _numbers(column: Any, unit: str) -> pa.Array:

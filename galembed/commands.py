@@ -29,8 +29,8 @@ _FILE = click.Path(path_type=Path)
 )
 def index(store: str, kind: str) -> None:
     """Build the indexes of STORE, for faster filters and, on large stores, faster search."""
-    from galembed.search import build_index
     from galembed.store import open_store
+    from galembed.store.index import build_index
 
     click.echo(str(build_index(open_store(store), kind)))
 
@@ -46,20 +46,12 @@ def status(store: str) -> None:
 
 @click.command()
 @click.argument("store")
-@click.option(
-    "--id", "ids", multiple=True, metavar="ID", help="A source; repeat it to look for what several share."
-)
-@click.option(
-    "--position", type=(float, float), metavar="RA DEC", help="The source here (deg), within 5 arcsec."
-)
-@click.option(
-    "--image", type=_FILE, help="A picture or FITS cutout of the kind that the store was made from."
-)
+@click.option("--id", "ids", multiple=True, metavar="ID", help="A source; repeat it to look for what several share.")
+@click.option("--position", type=(float, float), metavar="RA DEC", help="The source here (deg), within 5 arcsec.")
+@click.option("--image", type=_FILE, help="A picture or FITS cutout of the kind that the store was made from.")
 @click.option("-k", "k", type=click.IntRange(min=1), default=10, show_default=True, help="How many to find.")
 @click.option("--where", help='SQL filter on the columns, such as "mag_r < 19 AND redshift < 0.1".')
-@click.option(
-    "--cone", type=(float, float, float), metavar="RA DEC RADIUS_ARCSEC", help="Only sources in this cone."
-)
+@click.option("--cone", type=(float, float, float), metavar="RA DEC RADIUS_ARCSEC", help="Only sources in this cone.")
 @click.option("--out", type=_FILE, help="Write the table: .fits, .ecsv, .csv, .vot or .parquet.")
 @click.option("--plot", type=_FILE, help="Draw the hits: .png or .pdf.")
 @click.option("--exact", is_flag=True, help="Compare with every vector although there is an index.")
@@ -91,9 +83,7 @@ def search(
         click.echo(f"pictures written to {plot}")
 
 
-def _query(
-    store: Store, ids: tuple[str, ...], position: tuple[float, float] | None, image: Path | None
-) -> Any:
+def _query(store: Store, ids: tuple[str, ...], position: tuple[float, float] | None, image: Path | None) -> Any:
     if image is not None:
         return embed_image(store, image)
     if position is None:
@@ -156,9 +146,7 @@ def _write(hits: Hits, out: Path) -> None:
     try:
         hits.write(out, format=formats.get(out.suffix.lower()), overwrite=True)
     except Exception as error:  # astropy's writers raise whatever their libraries do
-        raise BadRequest(
-            f"the hits cannot be written to {out}: {str(error).strip().splitlines()[0]}"
-        ) from error
+        raise BadRequest(f"the hits cannot be written to {out}: {str(error).strip().splitlines()[0]}") from error
 
 
 @click.group()
@@ -166,9 +154,7 @@ def probe() -> None:
     """Classify a whole store from a few labels."""
 
 
-_LABELS = click.option(
-    "--labels", type=_FILE, required=True, help="Table of labelled sources: FITS, VOTable, CSV ..."
-)
+_LABELS = click.option("--labels", type=_FILE, required=True, help="Table of labelled sources: FITS, VOTable, CSV ...")
 _ID_COLUMN = click.option("--id-column", help="Its id column, where it is not guessed right.")
 _REPORT = click.option("--report", type=_FILE, help="Write the scores here, in Markdown.")
 _PLOT = click.option("--plot", type=_FILE, help="Draw the confusion matrix: .png or .pdf.")
@@ -197,9 +183,7 @@ def fit(
     from galembed.probes import fit_probe, save_probe
     from galembed.store import open_store
 
-    fitted, scores = fit_probe(
-        open_store(store), labels, column, id_column=id_column, seed=seed, name=out.name
-    )
+    fitted, scores = fit_probe(open_store(store), labels, column, id_column=id_column, seed=seed, name=out.name)
     save_probe(fitted, out)
     _tell(scores, report, plot)
     click.echo(f"probe written to {out}")

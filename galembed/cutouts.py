@@ -63,33 +63,51 @@ def resample(
     ndarray, shape (size, size), float32
         NaN where less than half of the kernel's weight lies on pixels with data.
     """
-    (x0, weights_x), (y0, weights_y) = (
-        _weights(length, middle, side / size, size)
-        for length, middle in zip(plane.shape[::-1], center, strict=True)
+    (at_x, weights_x), (at_y, weights_y) = (
+        _kernel(length, middle, side / size, size) for length, middle in zip(plane.shape[::-1], center, strict=True)
     )
-    window = plane[y0 : y0 + weights_y.shape[1], x0 : x0 + weights_x.shape[1]]
-    window = np.asarray(window, dtype=np.float32)
+    left, bottom = at_x.min(), at_y.min()
+    window = np.asarray(plane[bottom : at_y.max() + 1, left : at_x.max() + 1], dtype=np.float32)
+    grid = (at_y - bottom, weights_y, at_x - left, weights_x)
     valid = np.isfinite(window)
-    total = weights_y @ np.where(valid, window, np.float32(0)) @ weights_x.T
     if valid.all():
-        share = weights_y.sum(axis=1)[:, None] * weights_x.sum(axis=1)[None, :]
+        total, share = _gather(window, *grid), np.outer(weights_y.sum(axis=1), weights_x.sum(axis=1))
     else:
-        share = weights_y @ valid.astype(np.float32) @ weights_x.T
+        total, share = _gather(np.where(valid, window, 0), *grid), _gather(valid.astype(np.float32), *grid)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(share > 0.5, total / share, np.nan).astype(np.float32)
 
 
-def _weights(length: int, center: float, step: float, size: int) -> tuple[int, NDArray[np.float32]]:
-    """Return the first input pixel touched and the kernel weights (size, touched), each full row summing to 1."""
+_Taps = tuple[NDArray[np.intp], NDArray[np.float32]]
+
+
+def _kernel(length: int, center: float, step: float, size: int) -> _Taps:
+    """Return input pixels (size, tap) and weights (size, tap); a row sums to 1 where none of it lies off the frame."""
     reach = max(step, 1.0)
     positions = center + (np.arange(size) - (size - 1) / 2) * step
-    first, last = np.floor(positions[0] - reach), np.ceil(positions[-1] + reach)
-    pixels = np.arange(first, last + 1)
-    weights = np.clip(1 - np.abs(pixels[None, :] - positions[:, None]) / reach, 0, None)
+    pixels = np.ceil(positions - reach)[:, None] + np.arange(int(np.ceil(2 * reach)) + 1)
+    weights = np.clip(1 - np.abs(pixels - positions[:, None]) / reach, 0, None)
     weights /= weights.sum(axis=1, keepdims=True)
     inside = (pixels >= 0) & (pixels < length)
-    start = int(pixels[inside][0]) if inside.any() else 0
-    return start, weights[:, inside].astype(np.float32)
+    clipped = np.clip(pixels, 0, length - 1).astype(np.intp)
+    return clipped, np.where(inside, weights, 0).astype(np.float32)
+
+
+def _gather(
+    window: NDArray[np.float32],
+    at_y: NDArray[np.intp],
+    weights_y: NDArray[np.float32],
+    at_x: NDArray[np.intp],
+    weights_x: NDArray[np.float32],
+) -> NDArray[np.float32]:
+    """Return the separable weighted sum. Taps are few, and a matrix product would wake BLAS threads in every worker."""
+    rows = np.zeros((len(at_y), window.shape[1]), np.float32)
+    for tap in range(at_y.shape[1]):
+        rows += weights_y[:, tap, None] * window[at_y[:, tap]]
+    out = np.zeros((len(at_y), len(at_x)), np.float32)
+    for tap in range(at_x.shape[1]):
+        out += weights_x[:, tap] * rows[:, at_x[:, tap]]
+    return out
 
 
 def coverage(flux: NDArray[np.floating[Any]]) -> NDArray[np.float64]:

@@ -63,8 +63,7 @@ class LuptonMapping:
         """
         flux = xp.nan_to_num(flux, nan=0.0)
         planes = [
-            flux[..., band, :, :] * (scale / NJY_PER_NANOMAGGY) + self.m
-            for band, scale in enumerate(self.scales)
+            flux[..., band, :, :] * (scale / NJY_PER_NANOMAGGY) + self.m for band, scale in enumerate(self.scales)
         ]
         intensity = sum(xp.clip(plane, 0.0, None) for plane in planes) / len(planes)
         # Where every band is far below the sky the intensity is 0 and so is the numerator's clipped value.

@@ -44,6 +44,8 @@ class GalaxyNetwork(nn.Module):
         dim = int(self.encoder.num_features)
         self.mapping = mapping
         self.answers = answers
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.centring_mean: Tensor
@@ -75,9 +77,7 @@ class GalaxyNetwork(nn.Module):
         if self.precision is None:
             raise ValueError("this network has no question head")
         precision = torch.exp(self.precision(features).float().clamp(-7.0, 7.0))  # (n, question)
-        per_answer = torch.cat(
-            [precision[:, [i]].expand(-1, count) for i, count in enumerate(self.answers)], dim=1
-        )
+        per_answer = torch.cat([precision[:, [i]].expand(-1, count) for i, count in enumerate(self.answers)], dim=1)
         return self.fractions(features) * per_answer
 
     def fractions(self, features: Tensor) -> Tensor:

@@ -100,9 +100,7 @@ def neighbours_figure(searches: Sequence[Hits], *, columns: Sequence[str] = ()) 
         key = hits.meta["query"][0].partition(":")[2] if hits.meta.get("query") else ""
         _draw(line[0], queries[0], _shortened(key) or "query")
         _frame(line[0])
-        for axis, image, title in zip(
-            line[1:], _pictures_of_hits(hits), _titles(hits, columns), strict=False
-        ):
+        for axis, image, title in zip(line[1:], _pictures_of_hits(hits), _titles(hits, columns), strict=False):
             _draw(axis, image, title)
         for axis in line[1 + len(hits) :]:
             axis.remove()
@@ -160,10 +158,7 @@ def rgb(pixels: NDArray[Any], mapping: LuptonMapping = LEGACY_DR2) -> NDArray[An
 
 
 def _pictures_of_query(hits: Hits) -> list[Picture]:
-    keys = [
-        (survey, source_id)
-        for survey, _, source_id in (key.partition(":") for key in hits.meta.get("query", []))
-    ]
+    keys = [(survey, source_id) for survey, _, source_id in (key.partition(":") for key in hits.meta.get("query", []))]
     return _pictures(_store_of(hits), keys) if keys else []
 
 

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,29 +18,22 @@ from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from astropy.table import Table
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from galembed import catalogues
 from galembed.errors import ArtifactMismatch, ArtifactNotFound, BadRequest
-from galembed.search import any_of
-from galembed.sky import healpix_index
+from galembed.labels import Labelled, Labels, Matrix, match_labels
 from galembed.store import Store, matrix
 
 MIN_MEMBERS: Final = 5
 """Classes with fewer labelled sources are left out: each of five folds must be able to hold one."""
 
-MAX_CLASSES: Final = 200
 _STRENGTHS: Final = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 _FOLDS: Final = 5
 _PROBE_FORMAT: Final = 1
-
-Matrix = NDArray[np.float32]
-Labels = NDArray[np.str_]
 
 
 @dataclass(frozen=True)
@@ -205,22 +197,6 @@ class Probe:
 # ---------------------------------------------------------------------------------------------------- fitting
 
 
-@dataclass(frozen=True)
-class _Matched:
-    """Labelled sources. `cells` are order-29 HEALPix indices, negative and unique without a position."""
-
-    vectors: Matrix
-    labels: Labels
-    cells: NDArray[np.int64]
-    hashes: NDArray[np.uint64]
-    unmatched: int
-    unlabelled: int
-
-    def keep(self, mask: NDArray[np.bool_]) -> _Matched:
-        parts = (self.vectors[mask], self.labels[mask], self.cells[mask], self.hashes[mask])
-        return _Matched(*parts, self.unmatched, self.unlabelled)
-
-
 def fit_probe(
     store: Store,
     labels: Table | str | Path,
@@ -259,7 +235,7 @@ def fit_probe(
         If the columns are not there, the labels are not classes or contradict each other, no source is in the
         store, or fewer than two classes have five members.
     """
-    matched = _match(store, labels, column, id_column)
+    matched = match_labels(store, labels, column, id_column)
     counts = Counter(matched.labels.tolist())
     small = {label: count for label, count in sorted(counts.items()) if count < MIN_MEMBERS}
     matched = matched.keep(~np.isin(matched.labels, list(small)))
@@ -299,9 +275,7 @@ def _fit(vectors: Matrix, truth: NDArray[np.intp], strength: float) -> Any:
     from sklearn.preprocessing import StandardScaler
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-    model = make_pipeline(
-        StandardScaler(), LogisticRegression(C=strength, class_weight="balanced", max_iter=5000)
-    )
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, class_weight="balanced", max_iter=5000))
     # On a few thousand rows, BLAS threads waiting for one another cost up to twenty times the fit itself.
     with threadpool_limits(1 if len(truth) < 20_000 else None):
         return model.fit(vectors.astype(np.float64), truth)
@@ -325,9 +299,7 @@ def _choose_strength(vectors: Matrix, truth: NDArray[np.intp], cells: NDArray[np
         return float(
             np.mean(
                 [
-                    _balanced_accuracy(
-                        truth[test], _fit(vectors[train], truth[train], strength).predict(vectors[test])
-                    )
+                    _balanced_accuracy(truth[test], _fit(vectors[train], truth[train], strength).predict(vectors[test]))
                     for train, test in folds
                 ]
             )
@@ -377,7 +349,7 @@ def _report(
     classes: Labels,
     truth: NDArray[np.intp],
     predicted: NDArray[np.intp],
-    matched: _Matched,
+    matched: Labelled,
     left_out: Mapping[str, int],
 ) -> ProbeReport:
     confusion = np.zeros((len(classes), len(classes)), int)
@@ -413,136 +385,9 @@ def _summary(report: ProbeReport) -> dict[str, Any]:
         "method": report.method,
         # JSON has no NaN.
         "classes": [
-            {key: None if value != value else value for key, value in asdict(score).items()}
-            for score in report.scores
+            {key: None if value != value else value for key, value in asdict(score).items()} for score in report.scores
         ],
     }
-
-
-# -------------------------------------------------------------------------------------- labels and their rows
-
-
-def _match(store: Store, labels: Table | str | Path, column: str, id_column: str | None) -> _Matched:
-    table = labels if isinstance(labels, Table) else catalogues.read_table(labels)
-    if column not in table.colnames:
-        raise BadRequest(f"the labels have no column {column!r}; they have {', '.join(table.colnames[:30])}")
-    ids, texts = _ids(table, id_column), _class_names(table[column])
-    labelled = [(key, text) for key, text in zip(ids, texts, strict=True) if text]
-    wanted = _agreed(labelled, column)
-    found = _labelled_rows(store, list(wanted))
-    if not found.num_rows:
-        sample = next(store.batches(["source_id"], batch_size=1), None)
-        theirs = (
-            repr(sample.column("source_id")[0].as_py()) if sample is not None and sample.num_rows else "none"
-        )
-        raise BadRequest(
-            f"none of the {len(wanted)} labelled sources is in the store {store.path}: the labels' ids "
-            f"look like {next(iter(wanted))!r}, the store's like {theirs}; name the column with --id-column"
-        )
-    found_ids = found.column("source_id").to_pylist()
-    names = np.array([wanted[source_id] for source_id in found_ids])
-    if len(set(names.tolist())) > MAX_CLASSES:
-        raise BadRequest(
-            f"column {column!r} holds {len(set(names.tolist()))} different labels; that is no class column"
-        )
-    return _Matched(
-        vectors=matrix(found.column("vector")),
-        labels=names,
-        cells=_cells(found),
-        hashes=_hashes(found),
-        unmatched=len(set(wanted) - set(found_ids)),
-        unlabelled=len(texts) - len(labelled),
-    )
-
-
-def _ids(table: Table, id_column: str | None) -> list[str]:
-    """Return the id of each row; see `galembed.catalogues.GUESSES`."""
-    lower = {name.lower(): name for name in reversed(table.colnames)}
-    legacy = [lower.get(part) for part in ("release", "brickid", "objid")]
-    if id_column is not None:
-        if id_column not in table.colnames:
-            raise BadRequest(
-                f"the labels have no column {id_column!r}; they have {', '.join(table.colnames[:30])}"
-            )
-        ids = catalogues._as_ids(table[id_column])
-    elif all(legacy):
-        ids = catalogues._join_ids([table[name] for name in legacy])
-    else:
-        guesses = catalogues.GUESSES["id"]
-        name = next((lower[guess] for guess in guesses if guess in lower), None)
-        if name is None:
-            raise BadRequest(
-                f"the labels have no id column (tried {', '.join(guesses)}, and release, brickid, objid); "
-                f"they have {', '.join(table.colnames[:30])}; name it with --id-column"
-            )
-        ids = catalogues._as_ids(table[name])
-    return list(map(str, ids.to_pylist()))
-
-
-def _class_names(column: Any) -> list[str]:
-    """Return labels as stripped text, "" where missing."""
-    values = np.asarray(column)
-    missing = np.broadcast_to(np.asarray(getattr(column, "mask", False)), values.shape).copy()
-    if values.ndim != 1:
-        raise BadRequest(f"label column {column.name!r} holds arrays; a probe needs one class per row")
-    if values.dtype.kind == "f":
-        missing |= ~np.isfinite(values)
-        if np.any(values[~missing] % 1):
-            raise BadRequest(
-                f"label column {column.name!r} holds fractions; a probe needs classes, not measurements"
-            )
-        values = np.where(missing, 0, values).astype(np.int64)
-    if values.dtype.kind == "S":
-        values = np.char.decode(values, "utf-8")
-    return ["" if gone else str(value).strip() for gone, value in zip(missing, values.tolist(), strict=True)]
-
-
-def _agreed(labelled: list[tuple[str, str]], column: str) -> dict[str, str]:
-    agreed: dict[str, str] = {}
-    for key, text in labelled:
-        if agreed.setdefault(key, text) != text:
-            raise BadRequest(
-                f"source {key!r} is labelled {agreed[key]!r} and {text!r} in column {column!r}; settle on one"
-            )
-    if not agreed:
-        raise BadRequest(f"label column {column!r} is empty")
-    return agreed
-
-
-def _labelled_rows(store: Store, ids: list[str]) -> pa.Table:
-    columns = ["survey", "source_id", "ra", "dec", "vector"]
-    # A filter on a few ids reads little; a long one costs more than reading every row once.
-    filters = (
-        [any_of("source_id", ids[at : at + 500]) for at in range(0, len(ids), 500)]
-        if len(ids) <= 5000
-        else [None]
-    )
-    wanted = pa.array(ids, pa.string())
-    batches = [
-        batch.filter(pc.is_in(batch.column("source_id"), value_set=wanted))
-        for where in filters
-        for batch in store.batches(columns, where)
-    ]
-    table = pa.Table.from_batches(batches, schema=pa.schema([store.schema.field(name) for name in columns]))
-    # Folds follow row order, and a scan's order is not fixed.
-    return table.sort_by([("survey", "ascending"), ("source_id", "ascending")])
-
-
-def _cells(rows: pa.Table) -> NDArray[np.int64]:
-    ra, dec = (rows.column(name).to_numpy().astype(np.float64) for name in ("ra", "dec"))
-    cells = -1 - np.arange(len(ra), dtype=np.int64)
-    known = np.isfinite(ra) & np.isfinite(dec)
-    if known.any():
-        cells[known] = healpix_index(ra[known], dec[known])
-    return cells
-
-
-def _hashes(rows: pa.Table) -> NDArray[np.uint64]:
-    pairs = zip(rows.column("survey").to_pylist(), rows.column("source_id").to_pylist(), strict=True)
-    digests = (
-        hashlib.sha256(f"{survey}\x1f{source_id}".encode()).digest()[:8] for survey, source_id in pairs
-    )
-    return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
 
 
 # ------------------------------------------------------------------------------------ evaluating and applying
@@ -572,7 +417,7 @@ def evaluate_probe(
     """
     probe.require_store(store)
     column = column or probe.column
-    matched = _match(store, labels, column, id_column)
+    matched = match_labels(store, labels, column, id_column)
     unseen = ~np.isin(matched.hashes, probe.trained_on)
     known = np.isin(matched.labels, probe.classes)
     left_out = dict(sorted(Counter(matched.labels[unseen & ~known].tolist()).items()))
@@ -587,9 +432,7 @@ def evaluate_probe(
     truth = np.searchsorted(classes, matched.labels)
     predicted = np.argmax(probe.probabilities(matched.vectors), axis=1)
     method = f"a held-out table ({seen} source(s) that the probe was fitted to left out)"
-    return _report(
-        column, method, [_balanced_accuracy(truth, predicted)], classes, truth, predicted, matched, left_out
-    )
+    return _report(column, method, [_balanced_accuracy(truth, predicted)], classes, truth, predicted, matched, left_out)
 
 
 def apply_probe(store: Store, probe: Probe, out: str | Path) -> int:
@@ -619,13 +462,9 @@ def apply_probe(store: Store, probe: Probe, out: str | Path) -> int:
 
 def _predictions_schema(store: Store, probe: Probe) -> pa.Schema:
     fields = [store.schema.field(name) for name in ("survey", "source_id", "ra", "dec")]
-    fields.append(
-        pa.field("predicted", pa.string(), metadata={"doc": f"most probable class of {probe.column}"})
-    )
+    fields.append(pa.field("predicted", pa.string(), metadata={"doc": f"most probable class of {probe.column}"}))
     fields += [pa.field(f"probability_{name}", pa.float32()) for name in probe.classes]
-    return pa.schema(
-        fields, metadata={"galembed.probe": probe.name, "galembed.embedding_id": probe.embedding_id}
-    )
+    return pa.schema(fields, metadata={"galembed.probe": probe.name, "galembed.embedding_id": probe.embedding_id})
 
 
 def _predictions(store: Store, probe: Probe, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
@@ -656,9 +495,7 @@ def save_probe(probe: Probe, path: str | Path) -> Path:
         raise BadRequest(f"{directory} exists and is not a probe; choose another --out")
     directory.mkdir(parents=True, exist_ok=True)
     arrays = {"weights": probe.weights, "intercept": probe.intercept, "trained_on": probe.trained_on}
-    save_file(
-        {key: np.ascontiguousarray(value) for key, value in arrays.items()}, directory / "probe.safetensors"
-    )
+    save_file({key: np.ascontiguousarray(value) for key, value in arrays.items()}, directory / "probe.safetensors")
     description = {
         "format": _PROBE_FORMAT,
         "name": probe.name,
@@ -691,9 +528,7 @@ def load_probe(path: str | Path) -> Probe:
         data = json.loads(files[0].read_text(encoding="utf-8"))
         arrays = load_file(files[1])
         if data["format"] != _PROBE_FORMAT:
-            raise ArtifactMismatch(
-                f"{directory}: probe format {data['format']}, this galembed reads {_PROBE_FORMAT}"
-            )
+            raise ArtifactMismatch(f"{directory}: probe format {data['format']}, this galembed reads {_PROBE_FORMAT}")
         probe = Probe(
             name=data["name"],
             column=data["column"],
@@ -709,7 +544,5 @@ def load_probe(path: str | Path) -> Probe:
             raise
         raise ArtifactMismatch(f"{directory} is a damaged probe ({error!r}); fit it again") from error
     if len(probe.classes) != len(probe.weights):
-        raise ArtifactMismatch(
-            f"{directory}: {len(probe.classes)} classes but {len(probe.weights)} rows of weights"
-        )
+        raise ArtifactMismatch(f"{directory}: {len(probe.classes)} classes but {len(probe.weights)} rows of weights")
     return probe

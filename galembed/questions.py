@@ -68,10 +68,7 @@ class QuestionTree:
     def slices(self) -> dict[str, slice]:
         """Where each question's answers lie along the answer axis."""
         ends = np.cumsum([len(q.answers) for q in self.questions])
-        return {
-            q.name: slice(int(end) - len(q.answers), int(end))
-            for q, end in zip(self.questions, ends, strict=True)
-        }
+        return {q.name: slice(int(end) - len(q.answers), int(end)) for q, end in zip(self.questions, ends, strict=True)}
 
     def probability_asked(self, fractions: ArrayLike) -> NDArray[np.float64]:
         """Return the probability that a volunteer is asked each question.
@@ -103,8 +100,7 @@ class QuestionTree:
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready form that `from_dict` reads back."""
         questions = {
-            q.name: {"answers": list(q.answers)} | ({"after": list(q.after)} if q.after else {})
-            for q in self.questions
+            q.name: {"answers": list(q.answers)} | ({"after": list(q.after)} if q.after else {}) for q in self.questions
         }
         return {"name": self.name, "suffix": self.suffix, "questions": questions}
 

@@ -36,7 +36,13 @@ SOURCES: Final = pa.schema(
         _SOURCE_ID,
         _RA,
         _DEC,
-        _field("size", pa.float64(), "half-light radius, major axis; null if unknown", unit="arcsec", nullable=True),
+        _field(
+            "size",
+            pa.float64(),
+            "half-light radius, major axis; null if unknown",
+            unit="arcsec",
+            nullable=True,
+        ),
         _URI,
         _VERSION,
     ]
@@ -82,15 +88,19 @@ def embeddings_schema(
         Written into the schema's metadata.
     """
     fractions = [
-        _field(fraction_column(answer), pa.float32(), f"predicted fraction of votes for {answer}")
-        for answer in answers
+        _field(fraction_column(answer), pa.float32(), f"predicted fraction of votes for {answer}") for answer in answers
     ]
     fields = [
         _SURVEY,
         _SOURCE_ID,
         _RA,
         _DEC,
-        _field("_healpix_29", pa.int64(), "HEALPix index, nested, order 29 (HATS); null without ra", nullable=True),
+        _field(
+            "_healpix_29",
+            pa.int64(),
+            "HEALPix index, nested, order 29 (HATS); null without ra",
+            nullable=True,
+        ),
         _field("vector", pa.list_(pa.field("item", pa.float32(), nullable=True), dim), "centred, unit norm"),
         _field("norm", pa.float32(), "length of the centred vector before normalising"),
         _field("coverage", pa.float32(), "smallest fraction of pixels with data over the bands; 0 to 1"),

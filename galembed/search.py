@@ -1,13 +1,11 @@
-"""Searching a store: filters checked before they run, cones on the sky, hits as an astropy table, indexes."""
+"""Searching a store: filters checked before they run, cones on the sky, hits as an astropy table."""
 
 from __future__ import annotations
 
 import difflib
 import math
 import re
-import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -23,11 +21,6 @@ from galembed.sky import HEALPIX_ORDER
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from galembed.store import Store
-
-EXACT_BELOW: Final = 100_000
-"""Rows below which a store is searched exactly: a scan takes a fraction of a second and misses nothing."""
 
 HIT_COLUMNS: Final = ("survey", "source_id", "ra", "dec", "fov")
 """Store columns of every hit; the carried columns follow."""
@@ -71,9 +64,7 @@ class Hits(Table):  # type: ignore[misc]  # astropy has no types
 
 def arrow_columns(table: pa.Table) -> list[Column]:
     """Return an Arrow table's columns as astropy columns: units and descriptions kept, nulls masked."""
-    return [
-        _column(field, table.column(position).combine_chunks()) for position, field in enumerate(table.schema)
-    ]
+    return [_column(field, table.column(position).combine_chunks()) for position, field in enumerate(table.schema)]
 
 
 def _column(field: pa.Field, values: pa.Array) -> Column:
@@ -138,9 +129,7 @@ def check_where(where: str, columns: Iterable[str]) -> str:
         following = tokens[position + 1][1] if position + 1 < len(tokens) else ""
         before = tokens[position - 1][1].lower() if position else ""
         if kind == "word" and text.lower() == "select":
-            raise BadRequest(
-                f"filter {where!r} holds a query of its own (SELECT); give one expression over columns"
-            )
+            raise BadRequest(f"filter {where!r} holds a query of its own (SELECT); give one expression over columns")
         is_word = kind == "word" and following != "(" and before not in ("as", "::")
         if (kind == "quoted" and text.strip('`"').lower() not in known) or (
             is_word and text.lower() not in known and not _SQL_WORDS.fullmatch(text)
@@ -155,9 +144,7 @@ def _tokens(where: str) -> Iterable[tuple[str, str]]:
         match = _TOKEN.match(where, position)
         if match is None or match.lastgroup == "comment":
             what = "a comment" if match else f"{where[position]!r}"
-            raise BadRequest(
-                f"filter {where!r} holds {what} at character {position + 1}; give one SQL expression"
-            )
+            raise BadRequest(f"filter {where!r} holds {what} at character {position + 1}; give one SQL expression")
         if match.lastgroup != "space":
             yield str(match.lastgroup), match.group()
         position = match.end()
@@ -236,9 +223,7 @@ def check_cone(cone: Sequence[float]) -> tuple[float, float, float]:
     except (TypeError, ValueError):
         raise BadRequest(f"a cone is (ra in deg, dec in deg, radius in arcsec), got {cone!r}") from None
     if not (math.isfinite(ra) and -90 <= dec <= 90 and 0 <= radius < math.inf):
-        raise BadRequest(
-            f"a cone needs a finite ra, dec within -90 to 90 and a radius >= 0 arcsec, got {cone!r}"
-        )
+        raise BadRequest(f"a cone needs a finite ra, dec within -90 to 90 and a radius >= 0 arcsec, got {cone!r}")
     return ra % 360.0, dec, radius
 
 
@@ -275,91 +260,3 @@ def unit_vector(vector: Any, dim: int) -> NDArray[np.float32]:
     if not math.isfinite(length) or length == 0:
         raise BadRequest("the query vector has no direction: it is zero or not finite")
     return (array / length).astype(np.float32)
-
-
-# ---------------------------------------------------------------------------------------------------- indexes
-
-
-@dataclass(frozen=True)
-class IndexReport:
-    """What `build_index` did.
-
-    Attributes
-    ----------
-    rows : int
-    kind : str
-        ``exact``, ``hnsw`` or ``rq``.
-    scalar : tuple of str
-        Columns that got a BTREE index, for filters and cones.
-    seconds : float
-    """
-
-    rows: int
-    kind: str
-    scalar: tuple[str, ...]
-    seconds: float
-
-    def __str__(self) -> str:
-        how = {
-            "exact": f"search is exact, with no vector index (worth one from {EXACT_BELOW:,} rows)",
-            "hnsw": "vector index IVF_HNSW_SQ built",
-            "rq": "vector index IVF_RQ built",
-        }[self.kind]
-        filters = (
-            f"filters use {' and '.join(self.scalar)}" if self.scalar else "no filter index on an empty store"
-        )
-        return f"{self.rows:,} rows: {how}; {filters}; {self.seconds:.1f} s"
-
-
-INDEX_KINDS: Final = ("auto", "exact", "hnsw", "rq")
-
-
-def build_index(store: Store, kind: str = "auto") -> IndexReport:
-    """Build the indexes of a store.
-
-    Parameters
-    ----------
-    store : Store
-    kind : str
-        ``exact``: none on the vectors, and an existing one is dropped. ``hnsw``: IVF_HNSW_SQ, the best
-        recall. ``rq``: IVF_RQ, built some ten times faster. ``auto``: exact below 100,000 rows, else hnsw.
-
-    Raises
-    ------
-    BadRequest
-        If the kind is unknown, or LanceDB cannot build it on these rows.
-    """
-    from lancedb.index import BTree
-
-    if kind not in INDEX_KINDS:
-        raise BadRequest(f"index kind {kind!r} is unknown; choose one of {', '.join(INDEX_KINDS)}")
-    started = time.monotonic()
-    rows = len(store)
-    if kind == "auto":
-        kind = "exact" if rows < EXACT_BELOW else "hnsw"
-    scalar = ("_healpix_29", "source_id") if rows else ()
-    for column in scalar:
-        store.table.create_index(column, config=BTree(), replace=True)
-    if kind == "exact":
-        for index in store.vector_indexes():
-            store.table.drop_index(index)
-    else:
-        _build_vector_index(store, kind, rows)
-    return IndexReport(rows, kind, scalar, time.monotonic() - started)
-
-
-def _build_vector_index(store: Store, kind: str, rows: int) -> None:
-    from lancedb.index import HnswSq, IvfRq
-
-    config: Any
-    if kind == "hnsw":
-        config = HnswSq(distance_type="cosine", num_partitions=max(1, math.ceil(rows / 500_000)))
-    else:
-        config = IvfRq(distance_type="cosine", num_partitions=max(1, rows // 4096), max_iterations=10)
-    try:
-        store.table.create_index("vector", config=config, replace=True)
-    except (ValueError, RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadRequest(
-            f"LanceDB built no {kind} index on {rows} rows: {reason}; use the kind exact"
-        ) from error

@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ("torch", "timm", "lancedb", "lance", "dask", "distributed", "onnxruntime", "tensorrt", "lightning", "sklearn")
+HEAVY = (
+    "torch",
+    "timm",
+    "lancedb",
+    "lance",
+    "dask",
+    "distributed",
+    "onnxruntime",
+    "tensorrt",
+    "lightning",
+    "sklearn",
+)
 
 # Each room imports only from rooms of a lower number.
 FLOORS = {
@@ -27,16 +38,19 @@ FLOORS = {
     "galembed.network": 3,
     "galembed.runtimes": 4,
     "galembed.sources": 4,
-    "galembed.store": 5,
-    "galembed.search": 6,
-    "galembed.pictures": 6,
-    "galembed.probes": 6,
-    "galembed.commands": 7,
-    "galembed.cli": 8,
-    "training": 7,
-    "export": 7,
-    "catalogue_jobs": 7,
+    "galembed.search": 5,
+    "galembed.store": 6,
+    "galembed.pictures": 7,
+    "galembed.labels": 7,
+    "galembed.probes": 8,
+    "galembed.commands": 9,
+    "galembed.cli": 10,
+    "training": 9,
+    "export": 9,
+    "catalogue_jobs": 9,
 }
+# `hits.show()` draws, and drawing opens the store that made the hits: the one call upwards, made when it is called.
+UPWARD = {("galembed.search", "galembed.pictures"), ("galembed.pictures", "galembed.probes")}
 FORBIDDEN = {
     "galembed": {"training", "export", "catalogue_jobs", "dask", "distributed", "galsim", "lightning"},
     "training": {"export", "catalogue_jobs", "dask", "distributed", "lancedb", "lance"},
@@ -88,7 +102,7 @@ def test_a_room_imports_only_from_below(path: Path) -> None:
     above = {
         name
         for name in imported_names(path)
-        if (room := room_of(name)) and room != own and FLOORS[room] >= FLOORS[own]
+        if (room := room_of(name)) and room != own and FLOORS[room] >= FLOORS[own] and (own, room) not in UPWARD
     }
     assert not above, f"{path} imports from its own floor or above: {sorted(above)}"
 
@@ -111,7 +125,9 @@ def test_a_heavy_library_has_its_room(library: str) -> None:
     assert not strangers
 
 
-@pytest.mark.parametrize("code", ["import galembed", "from galembed.cli import main; main(['--help'], standalone_mode=False)"])
+@pytest.mark.parametrize(
+    "code", ["import galembed", "from galembed.cli import main; main(['--help'], standalone_mode=False)"]
+)
 def test_import_and_help_load_no_heavy_library(code: str) -> None:
     script = f"import sys\n{code}\nprint('loaded', *[name for name in {HEAVY!r} if name in sys.modules])"
     output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from galembed.backbones import FieldOfView, InputContract
-from galembed.catalogues import read_table
+from galembed.catalogues import GUESSES, read_table, source_ids
 from galembed.errors import BadRequest, GalembedError, SchemaMismatch, UnreadableInput
 from galembed.questions import QuestionTree
 from galembed.sky import healpix_index
@@ -118,16 +118,16 @@ def read_votes(path: Path, tree: QuestionTree) -> tuple[list[str], NDArray[np.fl
         If a column is missing, or holds NaN or a negative number.
     """
     table = read_table(path)
-    key = next((name for name in ("id_str", "source_id", "id", "iauname") if name in table.colnames), None)
+    ids = source_ids(table)
     missing = [name for name in tree.columns if name not in table.colnames]
-    if key is None or missing:
-        what = f"vote column(s) {missing[:3]}" if missing else "an id column (id_str, source_id, id or iauname)"
+    if ids is None or missing:
+        what = f"vote column(s) {missing[:3]}" if missing else f"an id column ({', '.join(GUESSES['id'])})"
         raise SchemaMismatch(f"{path} lacks {what} of the {tree.name} tree; it has {table.colnames[:12]}")
     votes = np.stack([np.ma.filled(table[name], 0).astype(np.float32) for name in tree.columns], axis=1)
     bad = [name for name, column in zip(tree.columns, votes.T, strict=True) if not (column >= 0).all()]
     if bad:
         raise SchemaMismatch(f"{path}: vote column(s) {bad[:3]} hold NaN or negative numbers; missing votes are zeros")
-    return [str(value).strip() for value in table[key]], votes
+    return list(map(str, ids.to_pylist())), votes
 
 
 def is_validation(rows: pa.Table) -> NDArray[np.bool_]:

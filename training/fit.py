@@ -79,7 +79,7 @@ class Recipe:
         return InputContract(self.size, FieldOfView(self.radii, 8.0, 120.0), LEGACY_DR2)
 
 
-class VoteTrainer(lightning.LightningModule):
+class VoteTrainer(lightning.LightningModule):  # type: ignore[misc]  # Lightning is read untyped
     """Fits a `GalaxyNetwork` to votes."""
 
     def __init__(self, recipe: Recipe, tree: QuestionTree, kind: str, steps: int) -> None:
@@ -132,7 +132,10 @@ class VoteTrainer(lightning.LightningModule):
         decayed = [p for p in self.parameters() if p.ndim > 1]
         plain = [p for p in self.parameters() if p.ndim <= 1]
         optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": self.recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            [
+                {"params": decayed, "weight_decay": self.recipe.weight_decay},
+                {"params": plain, "weight_decay": 0.0},
+            ],
             lr=self.recipe.learning_rate,
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
@@ -178,8 +181,8 @@ class TrainingReport:
         return (
             f"backbone {self.backbone.path} ({self.backbone.architecture}, embedding_id "
             f"{self.backbone.embedding_id[:12]})\n"
-            f"{self.images} images trained on, {self.validation_images} kept for validation, {self.unreadable} unreadable; "
-            f"{self.seconds:.0f} s, {self.images_per_second:.0f} images/s\n"
+            f"{self.images} images trained on, {self.validation_images} kept for validation, "
+            f"{self.unreadable} unreadable; {self.seconds:.0f} s, {self.images_per_second:.0f} images/s\n"
             f"validation NLL {self.validation_nll:.3f}; RMSE of vote fractions:\n{rows}"
         )
 
@@ -260,13 +263,18 @@ def train(
     )
     elapsed = time.monotonic() - started
     return TrainingReport(
-        backbone, len(training), len(validation), len(unreadable), nll, rmse, elapsed, seen / max(seconds, 1e-9)
+        backbone,
+        len(training),
+        len(validation),
+        len(unreadable),
+        nll,
+        rmse,
+        elapsed,
+        seen / max(seconds, 1e-9),
     )
 
 
-def _fit(
-    module: VoteTrainer, training: Prepared, validation: Prepared, logs: Path, resume: bool
-) -> tuple[float, int]:
+def _fit(module: VoteTrainer, training: Prepared, validation: Prepared, logs: Path, resume: bool) -> tuple[float, int]:
     """Run the training loop; return its seconds and the number of images it saw."""
     recipe = module.recipe
     checkpoint = logs / "last.ckpt"
@@ -294,7 +302,10 @@ def _fit(
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*Checkpoint directory.*")
         trainer.fit(
-            module, loader, _batches(validation, recipe.size), ckpt_path=checkpoint if resume and checkpoint.exists() else None
+            module,
+            loader,
+            _batches(validation, recipe.size),
+            ckpt_path=checkpoint if resume and checkpoint.exists() else None,
         )
     if trainer.interrupted:
         logger.warning("interrupted: the backbone is written as it stands after step %d", trainer.global_step)
@@ -320,11 +331,14 @@ def _mean_features(network: GalaxyNetwork, prepared: Prepared, size: int, kind: 
     total = torch.zeros(network.dim, dtype=torch.float64)
     for pixels, _ in _batches(prepared.take(chosen), size):
         total += network.features(_door(network, kind, pixels)).double().sum(dim=0)
-    return (total / chosen.sum()).float()
+    mean: Tensor = (total / float(chosen.sum())).float()
+    return mean
 
 
 @torch.inference_mode()
-def _validate(network: GalaxyNetwork, prepared: Prepared, tree: QuestionTree, size: int, kind: str) -> tuple[float, dict[str, float]]:
+def _validate(
+    network: GalaxyNetwork, prepared: Prepared, tree: QuestionTree, size: int, kind: str
+) -> tuple[float, dict[str, float]]:
     """Return the mean NLL and each question's RMSE of vote fractions."""
     nll, predicted = [], []
     for pixels, votes in _batches(prepared, size):
@@ -333,7 +347,8 @@ def _validate(network: GalaxyNetwork, prepared: Prepared, tree: QuestionTree, si
         predicted.append(network.fractions(features).numpy())
     fractions = np.concatenate(predicted)
     return float(torch.cat(nll).mean()), {
-        question: fraction_rmse(fractions[:, where], prepared.votes[:, where]) for question, where in tree.slices.items()
+        question: fraction_rmse(fractions[:, where], prepared.votes[:, where])
+        for question, where in tree.slices.items()
     }
 
 

@@ -35,7 +35,9 @@ def dirichlet_multinomial_nll(counts: Tensor, concentrations: Tensor, answers: S
     dtype = torch.promote_types(concentrations.dtype, torch.float32)
     losses = []
     pairs = zip(
-        counts.to(dtype).split(list(answers), dim=1), concentrations.to(dtype).split(list(answers), dim=1), strict=True
+        torch.split(counts.to(dtype), list(answers), dim=1),  # type: ignore[no-untyped-call]
+        torch.split(concentrations.to(dtype), list(answers), dim=1),  # type: ignore[no-untyped-call]
+        strict=True,
     )
     for k, a in pairs:
         total, strength = k.sum(dim=1), a.sum(dim=1)

@@ -28,7 +28,9 @@ class OnnxRuntime:
                 f"this one is {backbone.embedding_id[:12]}); run `galembed export` again"
             )
         if not file.exists() or file_digest(file) != report["sha256"]:
-            raise ArtifactMismatch(f"{file} is missing or not the engine that was verified; run `galembed export` again")
+            raise ArtifactMismatch(
+                f"{file} is missing or not the engine that was verified; run `galembed export` again"
+            )
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
@@ -40,6 +42,9 @@ class OnnxRuntime:
         """Embed a batch; see `galembed.runtimes.Runtime`."""
         check_images(images, kind, self._backbone)
         size = self._backbone.contract.size
-        doors = {"flux": np.empty((0, 3, size, size), np.float32), "display": np.empty((0, 3, size, size), np.uint8)}
+        doors = {
+            "flux": np.empty((0, 3, size, size), np.float32),
+            "display": np.empty((0, 3, size, size), np.uint8),
+        }
         vectors, norms, fractions = self._session.run(["vector", "norm", "fractions"], doors | {kind: images})
         return Embedded(vectors, norms, fractions)

@@ -51,7 +51,10 @@ class TorchRuntime:
         """Embed a batch; see `galembed.runtimes.Runtime`."""
         check_images(images, kind, self._backbone)
         size = self._backbone.contract.size
-        empty = {"flux": np.empty((0, 3, size, size), np.float32), "display": np.empty((0, 3, size, size), np.uint8)}
+        empty = {
+            "flux": np.empty((0, 3, size, size), np.float32),
+            "display": np.empty((0, 3, size, size), np.uint8),
+        }
         doors = [torch.from_numpy((empty | {kind: images})[name]).to(self._device) for name in ("flux", "display")]
         with torch.inference_mode():
             vectors, norms, fractions = self._network(*doors)

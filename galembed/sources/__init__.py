@@ -146,10 +146,17 @@ def open_source(
         )
     if not pictures and not cubes:
         raise UnreadableInput(f"{root} holds no FITS, JPEG or PNG file ({len(names)} file(s) in all); nothing to embed")
-    common = {"catalogue": catalogue, "crop": crop, "carry": carry, "columns": columns}
     if pictures:
-        return image_source.ImageReader.open(root, **common)
-    return fits_source.CutoutReader.open(root, **common, bands=bands, min_coverage=min_coverage)
+        return image_source.ImageReader.open(root, catalogue=catalogue, crop=crop, carry=carry, columns=columns)
+    return fits_source.CutoutReader.open(
+        root,
+        catalogue=catalogue,
+        crop=crop,
+        bands=bands,
+        min_coverage=min_coverage,
+        carry=carry,
+        columns=columns,
+    )
 
 
 def recut(rows: pa.Table, store: StoreContract, size: int) -> list[Cutout | GalembedError]:
@@ -217,7 +224,7 @@ def cutout_of_file(path: str | Path, contract: InputContract, store: StoreContra
         reader = ImageReader(str(path.parent), crop=store.crop)
     else:
         reader = CutoutReader(str(path.parent), crop=store.crop if store.crop < 1 else 0.5, bands=store.bands)
-    row = {name: None for name in SOURCES.names} | {"survey": "", "source_id": path.name, "source_uri": str(path)}
+    row = dict.fromkeys(SOURCES.names) | {"survey": "", "source_id": path.name, "source_uri": str(path)}
     result = next(iter(reader.cutouts(pa.Table.from_pylist([row], SOURCES), contract)))[1]
     if isinstance(result, GalembedError):
         raise result

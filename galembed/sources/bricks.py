@@ -129,7 +129,10 @@ class BrickReader:
         for uri, numbers in by_tile.items():
             if uri is None:
                 yield from (
-                    (number, NoData(f"source {table[number]['source_id']} lies on none of the bricks in {self.root}"))
+                    (
+                        number,
+                        NoData(f"source {table[number]['source_id']} lies on none of the bricks in {self.root}"),
+                    )
                     for number in numbers
                 )
                 continue
@@ -160,7 +163,7 @@ class BrickReader:
 
 
 def find_bricks(root: Path) -> dict[str, dict[str, Path]]:
-    """Return image files by brick and band; a brick is named by its files' common path, ``.../legacysurvey-<brick>``."""
+    """Return image files by brick and band; a brick is named ``.../legacysurvey-<brick>``."""
     bricks: dict[str, dict[str, Path]] = {}
     for path in sorted(root.rglob(_PATTERN)):
         if match := _IMAGE.fullmatch(path.name):
@@ -200,14 +203,20 @@ class Brick:
         """
         names = tuple(bands[role] for role in ROLES)
         hdus: dict[str, Any] = {"maskbits": None} | {f"invvar-{band}": None for band in names}
-        files = []
+        files: list[fits.HDUList] = []
         for name in (*(f"image-{band}" for band in dict.fromkeys(names)), *hdus):
             path = _plane_path(uri, name)
-            if path is not None:
+            if path is None and not name.startswith("image"):
+                continue
+            try:
+                if path is None:
+                    raise UnreadableInput(f"{uri}-{name}.fits.fz is missing; fetch it, or choose other --bands")
                 file, hdus[name] = _open_plane(path)
-                files.append(file)
-            elif name.startswith("image"):
-                raise UnreadableInput(f"{uri}-{name}.fits.fz is missing; fetch it, or choose other --bands")
+            except UnreadableInput:
+                for file in files:
+                    file.close()
+                raise
+            files.append(file)
         header = hdus[f"image-{names[0]}"].header
         for band in names:
             unit = str(hdus[f"image-{band}"].header.get("BUNIT", "")).strip()
@@ -244,9 +253,7 @@ class Brick:
             raise NoData(f"pixel ({x:.0f}, {y:.0f}) lies outside brick {self.uri}")
         box = (slice(y0, y1), slice(x0, x1))
         center = (x - x0, y - y0)
-        return np.stack(
-            [resample(self._flux(band, box), center=center, side=side, size=size) for band in self.bands]
-        )
+        return np.stack([resample(self._flux(band, box), center=center, side=side, size=size) for band in self.bands])
 
     def _flux(self, band: str, box: tuple[slice, slice]) -> NDArray[np.float32]:
         if not self.whole:
@@ -286,12 +293,15 @@ def _plane_path(uri: str, name: str) -> Path | None:
 
 def _open_plane(path: Path) -> tuple[fits.HDUList, Any]:
     """Return an open file and its image HDU."""
+    file = None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", AstropyWarning)
             file = fits.open(path, memmap=False)
             return file, next(hdu for hdu in file if hdu.is_image and len(getattr(hdu, "shape", ())) == 2)
     except (OSError, StopIteration, ValueError, TypeError, KeyError, IndexError) as error:
+        if file is not None:
+            file.close()
         reason = str(error) or "it holds no image"
         raise UnreadableInput(f"{path}: damaged or not a FITS image ({reason}); fetch it again") from error
 
@@ -307,11 +317,11 @@ def _split_unusable(table: pa.Table) -> tuple[pa.Table, pa.Table]:
     """Part the rows without a finite position or with an impossible size from the rest."""
     ra, dec, size = (table[name].to_numpy(zero_copy_only=False).astype(float) for name in ("ra", "dec", "size"))
     nowhere = ~np.isfinite(ra) | ~np.isfinite(dec) | (np.abs(np.nan_to_num(dec)) > 90)
-    sizeless = ~nowhere & ~(size > 0)
+    sizeless = ~nowhere & ~(size >= 0)  # 0 is a point source
     parts = []
     for mask, reason, text in (
         (nowhere, "bad_position", "has no finite position (ra {ra}, dec {dec})"),
-        (sizeless, "bad_size", "has half-light radius {size} arcsec, which is not positive"),
+        (sizeless, "bad_size", "has half-light radius {size} arcsec, which is no size"),
     ):
         rows = table.filter(mask)
         messages = [f"source {row['source_id']} {text.format(**row)}" for row in rows.select(SOURCES.names).to_pylist()]

@@ -100,9 +100,7 @@ class CutoutReader:
                 center = tuple(float(x) for x in frame.wcs.all_world2pix([[ra, dec]], 0)[0])  # type: ignore[assignment]
         side = contract.field_of_view.side_arcsec(row["size"]) if scale else None
         side_pixels = side / scale if side and scale else self.crop * min(height, width)
-        flux = np.stack(
-            [resample(plane, center=center, side=side_pixels, size=contract.size) for plane in frame.flux]
-        )
+        flux = np.stack([resample(plane, center=center, side=side_pixels, size=contract.size) for plane in frame.flux])
         worst = require_coverage(flux, tuple(self.bands[role] for role in ROLES), self.min_coverage)
         return Cutout(flux, worst, side_pixels * scale if scale else None, ra, dec)
 

@@ -80,7 +80,7 @@ def read_picture(file: Path, *, crop: float, size: int) -> np.ndarray[tuple[int,
     Returns
     -------
     ndarray, shape (3, size, size), uint8
-        R, G, B; a grey picture three times. Row 0 is the bottom: pictures are stored top row first, so they are flipped.
+        R, G, B; a grey picture three times. Row 0 is the bottom: files hold the top row first.
 
     Raises
     ------

@@ -132,8 +132,7 @@ class Status:
             "input": contract.input_kind + (f", {bands}" if bands else ""),
             "engines": ", ".join(f"{name} ({count:,})" for name, count in self.engines.items()) or "none",
             "search": index,
-            "last job": ", ".join(f"{key} {value}" for key, value in self.job.items() if _plain(value))
-            or "unknown",
+            "last job": ", ".join(f"{key} {value}" for key, value in self.job.items() if _plain(value)) or "unknown",
         }
         return "\n".join(f"{name:<9} {text}" for name, text in lines.items())
 
@@ -237,9 +236,7 @@ class Store:
                 zip(found.column("survey").to_pylist(), found.column("source_id").to_pylist(), strict=True)
             )
         }
-        return found.take(pa.array([place[key] for key in wanted if key in place], pa.int64())).select(
-            list(columns)
-        )
+        return found.take(pa.array([place[key] for key in wanted if key in place], pa.int64())).select(list(columns))
 
     def failures(self) -> Table:
         """Return the sources that have no vector, and why (columns of `galembed.schemas.FAILURES`).
@@ -268,11 +265,7 @@ class Store:
 
     def vector_indexes(self) -> dict[str, str]:
         """Return the vector indexes: name and kind."""
-        return {
-            index.name: str(index.index_type)
-            for index in self.table.list_indices()
-            if index.columns == ["vector"]
-        }
+        return {index.name: str(index.index_type) for index in self.table.list_indices() if index.columns == ["vector"]}
 
     def status(self) -> Status:
         """Return how many sources are embedded, how many failed and why, and how they are searched."""
@@ -427,14 +420,10 @@ class Store:
             f"got {type(to).__name__}"
         )
 
-    def _mean_direction(
-        self, keys: list[tuple[str, str]]
-    ) -> tuple[NDArray[np.float32], list[tuple[str, str]]]:
+    def _mean_direction(self, keys: list[tuple[str, str]]) -> tuple[NDArray[np.float32], list[tuple[str, str]]]:
         vectors = matrix(self.rows(keys, ["vector"]).column("vector"))
         if len(vectors) < len(keys):
-            raise BadRequest(
-                f"{len(keys) - len(vectors)} of the sources asked about are not in the store {self.path}"
-            )
+            raise BadRequest(f"{len(keys) - len(vectors)} of the sources asked about are not in the store {self.path}")
         return unit_vector(vectors.mean(axis=0), self.dim), keys
 
     def _resolve(self, ids: list[str]) -> list[tuple[str, str]]:
@@ -461,9 +450,7 @@ class Store:
         )
 
     def _similar_ids(self, text: str) -> str:
-        sample = (
-            self.table.search().select(["source_id"]).limit(5000).to_arrow().column("source_id").to_pylist()
-        )
+        sample = self.table.search().select(["source_id"]).limit(5000).to_arrow().column("source_id").to_pylist()
         near = difflib.get_close_matches(text, sample, n=3, cutoff=0.6) or sample[:1]
         return f"; its ids look like {', '.join(map(repr, near))}" if near else ", which is empty"
 
@@ -488,17 +475,13 @@ class Store:
             found = self.table.search().where(cone_filter((ra, dec, radius)))
             near = found.select(["survey", "source_id", "ra", "dec"]).to_arrow()
             if near.num_rows:
-                distances = separation_arcsec(
-                    ra, dec, near.column("ra").to_numpy(), near.column("dec").to_numpy()
-                )
+                distances = separation_arcsec(ra, dec, near.column("ra").to_numpy(), near.column("dec").to_numpy())
                 best = int(np.argmin(distances))
                 nearest = float(distances[best])
                 if nearest <= POSITION_TOLERANCE_ARCSEC:
                     return _key_pairs(near)[best]
                 break
-        where = (
-            f"the nearest is {nearest:.1f} arcsec away" if nearest < math.inf else "none lies within a degree"
-        )
+        where = f"the nearest is {nearest:.1f} arcsec away" if nearest < math.inf else "none lies within a degree"
         raise BadRequest(
             f"no source within {POSITION_TOLERANCE_ARCSEC:g} arcsec of ra {ra:.6f}, dec {dec:.6f}: {where}"
         )
@@ -507,9 +490,7 @@ class Store:
         for name in columns:
             if name not in self.schema.names:
                 near = difflib.get_close_matches(name, self.schema.names, n=3, cutoff=0.5)
-                hint = (
-                    f"did you mean {', '.join(near)}?" if near else f"it has {', '.join(self.schema.names)}"
-                )
+                hint = f"did you mean {', '.join(near)}?" if near else f"it has {', '.join(self.schema.names)}"
                 raise BadRequest(f"the store has no column {name!r}; {hint}")
         return list(columns)
 
@@ -535,11 +516,7 @@ def _keys_of(rows: Row | Table) -> list[tuple[str, str]]:
     lacking = [name for name in ("survey", "source_id") if name not in rows.colnames]
     if lacking:
         raise BadRequest(f"rows to search for need the columns survey and source_id; {lacking} missing")
-    pairs = (
-        [(rows["survey"], rows["source_id"])]
-        if isinstance(rows, Row)
-        else rows.iterrows("survey", "source_id")
-    )
+    pairs = [(rows["survey"], rows["source_id"])] if isinstance(rows, Row) else rows.iterrows("survey", "source_id")
     keys = [(str(survey), str(source_id)) for survey, source_id in pairs]
     if not keys:
         raise BadRequest("the table of sources to search for is empty")

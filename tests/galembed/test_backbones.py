@@ -56,9 +56,7 @@ def test_half_precision_weights_are_the_identity_that_is_recorded(tiny_backbone:
     half.weights()  # checks the digests
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("mean", [0.3, 0.2, 0.2]), ("size", 64), ("row_order", "top_first")]
-)
+@pytest.mark.parametrize(("key", "value"), [("mean", [0.3, 0.2, 0.2]), ("size", 64), ("row_order", "top_first")])
 def test_an_edited_contract_is_noticed(copy: Path, key: str, value: object) -> None:
     file = copy / "backbone.json"
     description = json.loads(file.read_text())

@@ -63,7 +63,10 @@ def test_masked_and_infinite_positions_are_null(tmp_path: Path) -> None:
 
 def test_text_ids_are_stripped_and_large_integers_keep_every_digit(tmp_path: Path) -> None:
     Table({"objid": [1237648720693755918, 2], "x": [1, 2]}).write(tmp_path / "c.fits")
-    assert read_catalogue(tmp_path / "c.fits", columns={})["source_id"].to_pylist() == ["1237648720693755918", "2"]
+    assert read_catalogue(tmp_path / "c.fits", columns={})["source_id"].to_pylist() == [
+        "1237648720693755918",
+        "2",
+    ]
     Table({"name": ["  J1 ", "J2"]}).write(tmp_path / "n.ecsv")
     assert read_catalogue(tmp_path / "n.ecsv", columns={})["source_id"].to_pylist() == ["J1", "J2"]
 
@@ -109,7 +112,13 @@ def test_unreadable_and_absent_tables_are_one_sentence(tmp_path: Path) -> None:
 def test_every_later_occurrence_is_a_duplicate() -> None:
     import pyarrow as pa
 
-    assert duplicate_rows(pa.chunked_array([["a", "b"], ["a", "c", "a"]])).tolist() == [False, False, True, False, True]
+    assert duplicate_rows(pa.chunked_array([["a", "b"], ["a", "c", "a"]])).tolist() == [
+        False,
+        False,
+        True,
+        False,
+        True,
+    ]
 
 
 @pytest.mark.shared_data

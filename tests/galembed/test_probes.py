@@ -63,9 +63,7 @@ def test_probabilities_equal_sklearns(classes):
     model = probes._fit(vectors, truth, 0.5)
     weights, intercept = probes._linear(model)
     probe = probes.Probe("p", "c", "e", tuple("abc"[:classes]), weights, intercept, np.zeros(0, np.uint64))
-    np.testing.assert_allclose(
-        probe.probabilities(vectors), model.predict_proba(vectors.astype(float)), atol=1e-6
-    )
+    np.testing.assert_allclose(probe.probabilities(vectors), model.predict_proba(vectors.astype(float)), atol=1e-6)
 
 
 def test_random_labels_score_as_chance(store, data):
@@ -133,9 +131,7 @@ def test_probe_does_not_replace_other_things(fitted, tmp_path):
 
 
 def test_probe_is_refused_on_another_backbone(fitted, tmp_path, labels):
-    other = make_store(
-        tmp_path / "s", rows(20), contract=dataclasses.replace(CONTRACT, embedding_id="f" * 64)
-    )
+    other = make_store(tmp_path / "s", rows(20), contract=dataclasses.replace(CONTRACT, embedding_id="f" * 64))
     for use in (
         lambda: apply_probe(other, fitted[0], tmp_path / "x.parquet"),
         lambda: evaluate_probe(other, fitted[0], labels),
@@ -164,9 +160,7 @@ def test_apply_writes_every_row(store, data, fitted, tmp_path):
     chances = np.column_stack([table.column(f"probability_{name}").to_numpy() for name in fitted[0].classes])
     np.testing.assert_allclose(chances.sum(axis=1), 1, atol=1e-6)
     kinds = dict(zip(data["source_id"], data["kind"], strict=True))
-    right = [
-        kinds[key.as_py()] == call.as_py() for key, call in zip(*table.select([1, 4]).columns, strict=True)
-    ]
+    right = [kinds[key.as_py()] == call.as_py() for key, call in zip(*table.select([1, 4]).columns, strict=True)]
     assert np.mean(right) > 0.95
 
 
@@ -181,9 +175,7 @@ def test_legacy_ids_are_joined(tmp_path):
     data = rows(40, source_id=[f"9010-{n // 7}-{n % 7}" for n in range(40)])
     store = make_store(tmp_path / "s", data)
     number = np.arange(40)
-    labels = Table(
-        {"RELEASE": number * 0 + 9010, "BRICKID": number // 7, "OBJID": number % 7, "kind": data["kind"]}
-    )
+    labels = Table({"RELEASE": number * 0 + 9010, "BRICKID": number // 7, "OBJID": number % 7, "kind": data["kind"]})
     assert fit_probe(store, labels, "kind")[1].count == 40
 
 
@@ -199,9 +191,7 @@ def test_small_classes_missing_labels_and_strangers_are_counted(store, data):
     assert "left out: ring (4)" in str(report)
 
 
-@pytest.mark.parametrize(
-    "values", [np.arange(400) % 2, np.arange(400) % 2 == 0, (np.arange(400) % 2).astype(float)]
-)
+@pytest.mark.parametrize("values", [np.arange(400) % 2, np.arange(400) % 2 == 0, (np.arange(400) % 2).astype(float)])
 def test_numbers_and_booleans_are_classes(store, data, values):
     probe, _ = fit_probe(store, Table({"id": data["source_id"], "flag": values}), "flag")
     assert probe.classes in (("0", "1"), ("False", "True"))

@@ -3,8 +3,9 @@ import pyarrow as pa
 import pytest
 
 from galembed.errors import BadRequest
-from galembed.search import arrow_columns, build_index, check_where, healpix_ranges
+from galembed.search import arrow_columns, check_where, healpix_ranges
 from galembed.sky import healpix_index
+from galembed.store.index import build_index
 from tests.galembed.stores import make_store, rows
 
 COLUMNS = ("ra", "dec", "mag_r", "redshift", "survey", "smooth-or-featured", "LRGType")

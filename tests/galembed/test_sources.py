@@ -59,7 +59,11 @@ def write_cube(path: Path, shape: tuple[int, int] = (61, 61), bands: str = "grz"
 
 
 def write_brick(
-    root: Path, brick: str = "0400p020", shape: tuple[int, int] = (400, 400), dec: float = 2.0, bands: str = "grz"
+    root: Path,
+    brick: str = "0400p020",
+    shape: tuple[int, int] = (400, 400),
+    dec: float = 2.0,
+    bands: str = "grz",
 ) -> tuple[Path, np.ndarray]:
     """A brick with one star at a known place; returns the folder and the star's (ra, dec)."""
     folder = root / "coadd" / brick[:3] / brick
@@ -68,7 +72,11 @@ def write_brick(
     x, y = 141.3, 207.8
     for band in bands:
         image = fits.CompImageHDU(
-            star(shape, x, y, FLUX[band]), head, compression_type="RICE_1", tile_shape=(100, 100), quantize_level=-1e-5
+            star(shape, x, y, FLUX[band]),
+            head,
+            compression_type="RICE_1",
+            tile_shape=(100, 100),
+            quantize_level=-1e-5,
         )
         image.writeto(folder / f"legacysurvey-{brick}-image-{band}.fits.fz")
         weight = np.ones(shape, np.float32)
@@ -222,12 +230,14 @@ def test_a_source_on_no_brick_fails_by_name(tmp_path: Path) -> None:
 
 def test_bad_positions_and_sizes_are_rejected_rows(tmp_path: Path) -> None:
     write_brick(tmp_path)
-    Table(
-        {"id": list("abc"), "ra": [40.0, np.nan, 40.0], "dec": [2.0, 2.0, 95.0], "shape_r": [-1.0, 1.0, 1.0]}
-    ).write(tmp_path / "s.fits")
+    Table({"id": list("abc"), "ra": [40.0, np.nan, 40.0], "dec": [2.0, 2.0, 95.0], "shape_r": [-1.0, 1.0, 1.0]}).write(
+        tmp_path / "s.fits"
+    )
     listing = open_source(tmp_path, catalogue=tmp_path / "s.fits").sources()
     assert len(listing.table) == 0
-    assert dict(zip(listing.rejected["source_id"].to_pylist(), listing.rejected["reason"].to_pylist(), strict=True)) == {
+    assert dict(
+        zip(listing.rejected["source_id"].to_pylist(), listing.rejected["reason"].to_pylist(), strict=True)
+    ) == {
         "a": "bad_size",
         "b": "bad_position",
         "c": "bad_position",

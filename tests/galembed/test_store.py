@@ -26,9 +26,7 @@ def data():
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory, data):
-    other = rows(
-        30, seed=2, survey="hsc", source_id=[f"legacy-{n}" if n < 2 else f"hsc-{n}" for n in range(30)]
-    )
+    other = rows(30, seed=2, survey="hsc", source_id=[f"legacy-{n}" if n < 2 else f"hsc-{n}" for n in range(30)])
     failures = failed([("legacy", "legacy-3"), ("legacy", "gone-1"), ("legacy", "gone-2")])
     path = tmp_path_factory.mktemp("stores") / "galaxies.lance"
     return make_store(path, data, other, failures=failures)
@@ -102,9 +100,7 @@ def test_status_tells_the_last_job(tmp_path):
 def test_vectors_come_with_their_keys(store, data):
     keys, vectors = store.vectors("survey = 'legacy' AND mag_r < 16")
     assert vectors.dtype == np.float32
-    wanted = {
-        i: v for i, v, m in zip(data["source_id"], data["vector"], data["mag_r"], strict=True) if m < 16
-    }
+    wanted = {i: v for i, v, m in zip(data["source_id"], data["vector"], data["mag_r"], strict=True) if m < 16}
     assert set(keys["source_id"]) == set(wanted)
     for key, vector in zip(keys["source_id"], vectors, strict=True):
         np.testing.assert_array_equal(vector, wanted[key])
@@ -131,9 +127,7 @@ def test_similar_by_id_agrees_with_brute_force(store, data):
 def test_similar_with_filter_and_cone_agrees_with_brute_force(store, data):
     hits = store.similar("legacy-7", k=10, where="mag_r < 19 AND redshift > 0.1", cone=(120, 10, 60 * 3600))
     z = np.array([np.nan if value is None else value for value in data["redshift"]])
-    mask = (
-        (data["mag_r"] < 19) & (z > 0.1) & (separation_arcsec(120, 10, data["ra"], data["dec"]) < 60 * 3600)
-    )
+    mask = (data["mag_r"] < 19) & (z > 0.1) & (separation_arcsec(120, 10, data["ra"], data["dec"]) < 60 * 3600)
     mask[7] = False
     ours = [key for survey, key in zip(hits["survey"], hits["source_id"], strict=True) if survey == "legacy"]
     assert ours == nearest(data, data["vector"][7], 10, mask)[: len(ours)]
@@ -270,9 +264,7 @@ def sky(tmp_path_factory):
     """Sources crowded at the poles and across RA 0, and a few without a position."""
     rng = np.random.default_rng(5)
     ra = np.concatenate([rng.uniform(0, 360, 200), rng.uniform(-1, 1, 100) % 360, [np.nan] * 5])
-    dec = np.concatenate(
-        [90 - rng.exponential(1, 100), rng.exponential(1, 100) - 90, rng.uniform(-1, 1, 100)]
-    )
+    dec = np.concatenate([90 - rng.exponential(1, 100), rng.exponential(1, 100) - 90, rng.uniform(-1, 1, 100)])
     data = rows(305, seed=6, ra=ra, dec=np.concatenate([dec, [np.nan] * 5]))
     return data, make_store(tmp_path_factory.mktemp("sky") / "s", data)
 
