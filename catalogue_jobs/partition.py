@@ -1,0 +1,293 @@
+"""One partition: rows in, vectors and failures out. Pure but for the reader, which opens files."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from galembed.backbones import InputContract
+from galembed.cutouts import Cutout
+from galembed.errors import GalembedError, UnreadableInput
+from galembed.runtimes import Embedded, Runtime
+from galembed.schemas import FAILURES, conform
+from galembed.sky import healpix_index
+from galembed.sources import SourceReader
+
+BATCH: Final = 32
+
+_READING: Final = ("unreadable", "missing_band", "unknown_unit", "unexpected", "not_found", "mismatch")
+_LONGEST_MESSAGE: Final = 600
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds spent in each stage.
+
+    Attributes
+    ----------
+    read : float
+        As far as the reader tells: a cutout may have a `read_seconds`.
+    cut : float
+        The rest of the time spent in the reader.
+    infer, write : float
+    """
+
+    read: float = 0.0
+    cut: float = 0.0
+    infer: float = 0.0
+    write: float = 0.0
+
+    def __add__(self, other: Timings) -> Timings:
+        return Timings(self.read + other.read, self.cut + other.cut, self.infer + other.infer, self.write + other.write)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a partition's rows: each is in one of the two tables.
+
+    Attributes
+    ----------
+    embeddings, failures : pa.Table
+        In the store's schemas.
+    timings : Timings
+    """
+
+    embeddings: pa.Table
+    failures: pa.Table
+    timings: Timings
+
+
+class UnexpectedError(GalembedError):
+    """A reader raised something that it does not raise on purpose."""
+
+    reason = "unexpected"
+
+
+class _NonFiniteError(GalembedError):
+    reason = "non_finite"
+
+
+class _ZeroNormError(GalembedError):
+    reason = "zero_norm"
+
+
+@dataclass
+class _Collected:
+    """Vectors of the rows that worked, and reasons of those that did not."""
+
+    rows: list[int] = field(default_factory=list)
+    cutouts: list[tuple[float, float | None, float | None, float | None]] = field(default_factory=list)
+    vectors: list[Embedded] = field(default_factory=list)
+    failures: list[tuple[int, str, GalembedError]] = field(default_factory=list)
+
+
+def embed_partition(
+    rows: pa.Table,
+    reader: SourceReader,
+    runtime: Runtime,
+    contract: InputContract,
+    schema: pa.Schema,
+    *,
+    partition: str,
+    batch: int = BATCH,
+) -> Outcome:
+    """Embed the sources of one partition.
+
+    A source that cannot be read or cut, for whatever reason, and one whose vector is not finite become
+    failures. What the runtime raises is no source's fault and goes up.
+
+    Parameters
+    ----------
+    rows : pa.Table
+        Source list rows, carried columns included.
+    schema : pa.Schema
+        Of the store's `embeddings`.
+    partition : str
+        Its name, for each row.
+    batch : int
+        Images given to the runtime at once.
+    """
+    collected = _Collected()
+    read = cut = infer = 0.0
+    waiting: list[tuple[int, Cutout]] = []
+
+    def flush() -> None:
+        nonlocal infer
+        start = time.perf_counter()
+        _infer(waiting, runtime, reader.kind, collected)
+        infer += time.perf_counter() - start
+        waiting.clear()
+
+    outcomes = cut_all(rows, reader, contract)
+    while True:
+        start = time.perf_counter()
+        item = next(outcomes, None)
+        cut += time.perf_counter() - start
+        if item is None:
+            break
+        number, outcome = item
+        if isinstance(outcome, GalembedError):
+            collected.failures.append((number, "read" if outcome.reason in _READING else "cut", outcome))
+            continue
+        read += float(getattr(outcome, "read_seconds", 0.0))
+        waiting.append((number, outcome))
+        if len(waiting) >= batch:
+            flush()
+    if waiting:
+        flush()
+    return Outcome(
+        _embeddings(rows, collected, schema, reader.kind, runtime.engine, partition),
+        failure_rows(rows, collected.failures, partition),
+        Timings(read=min(read, cut), cut=max(cut - read, 0.0), infer=infer),
+    )
+
+
+def cut_all(
+    rows: pa.Table, reader: SourceReader, contract: InputContract
+) -> Iterator[tuple[int, Cutout | GalembedError]]:
+    """Yield (row number, cutout or why there is none) once for each row, whatever the reader raises.
+
+    A reader that raises takes the rest of its rows with it: they are then tried one by one up to the culprit,
+    and the rest together again.
+    """
+    size = contract.size
+    remaining = np.arange(len(rows))
+    alone = False
+    while len(remaining):
+        numbers = remaining[:1] if alone else remaining
+        seen = np.zeros(len(rows), bool)
+        try:
+            for at, outcome in reader.cutouts(rows.take(pa.array(numbers)), contract):
+                number = int(numbers[at])
+                if not seen[number]:
+                    seen[number] = True
+                    yield number, _checked(outcome, reader.kind, size)
+        except Exception as error:
+            if len(numbers) == 1 and not seen[numbers[0]]:
+                seen[numbers[0]] = True
+                yield int(numbers[0]), _unexpected(error)
+                alone = False
+            else:
+                alone = True
+        else:
+            for number in numbers[~seen[numbers]]:
+                seen[number] = True
+                yield int(number), UnexpectedError("the reader returned nothing for this source")
+        remaining = remaining[~seen[remaining]]
+
+
+def failure_rows(rows: pa.Table, failures: list[tuple[int, str, GalembedError]], partition: str) -> pa.Table:
+    """Return failures as a table.
+
+    Parameters
+    ----------
+    rows : pa.Table
+        Source list rows.
+    failures : list of (row number, stage, error)
+    """
+    taken = rows.take(pa.array([number for number, _, _ in failures], pa.int64()))
+    count = len(failures)
+    columns: dict[str, Any] = {
+        name: taken[name] for name in ("survey", "source_id", "ra", "dec", "source_uri", "source_version")
+    } | {
+        "stage": [stage for _, stage, _ in failures],
+        "reason": [error.reason for _, _, error in failures],
+        "message": [str(error)[:_LONGEST_MESSAGE] for _, _, error in failures],
+        "attempts": [1] * count,
+        "time": pa.array([datetime.now(UTC)] * count, FAILURES.field("time").type),
+        "partition": [partition] * count,
+    }
+    return _table(columns, FAILURES)
+
+
+def _checked(outcome: Cutout | GalembedError, kind: str, size: int) -> Cutout | GalembedError:
+    if isinstance(outcome, GalembedError):
+        return outcome
+    dtype = np.dtype(np.float32 if kind == "flux" else np.uint8)
+    if outcome.pixels.shape != (3, size, size) or outcome.pixels.dtype != dtype:
+        return UnexpectedError(
+            f"the reader gave {outcome.pixels.dtype} {outcome.pixels.shape}, not {dtype} {(3, size, size)}"
+        )
+    return outcome
+
+
+def _unexpected(error: Exception) -> GalembedError:
+    if isinstance(error, GalembedError):
+        return error
+    if isinstance(error, FileNotFoundError):
+        return UnreadableInput(f"{error.filename} is missing; bring it back, then use --retry-failed")
+    return UnexpectedError(f"{type(error).__name__}: {error}")
+
+
+def _infer(batch: list[tuple[int, Cutout]], runtime: Runtime, kind: str, collected: _Collected) -> None:
+    result = runtime.embed(np.stack([cutout.pixels for _, cutout in batch]), kind)
+    finite = (
+        np.isfinite(result.vectors).all(axis=1) & np.isfinite(result.norms) & np.isfinite(result.fractions).all(axis=1)
+    )
+    # The unit vector of a zero norm has no direction, whatever the division gave.
+    good = finite & (result.norms > 0) & (result.vectors != 0).any(axis=1)
+    for at in np.flatnonzero(~good):
+        error = (
+            _ZeroNormError("the vector has length zero: the image is featureless to this backbone")
+            if finite[at]
+            else _NonFiniteError("the network returned NaN or infinity for this image")
+        )
+        collected.failures.append((batch[at][0], "infer", error))
+    collected.vectors.append(Embedded(result.vectors[good], result.norms[good], result.fractions[good]))
+    for at in np.flatnonzero(good):
+        number, cutout = batch[at]
+        collected.rows.append(number)
+        collected.cutouts.append((cutout.coverage, cutout.fov_arcsec, cutout.ra, cutout.dec))
+
+
+def _embeddings(
+    rows: pa.Table, collected: _Collected, schema: pa.Schema, kind: str, engine: str, partition: str
+) -> pa.Table:
+    count = len(collected.rows)
+    if not count:
+        return schema.empty_table()
+    taken = rows.take(pa.array(collected.rows, pa.int64()))
+    vectors = np.concatenate([result.vectors for result in collected.vectors]).astype(np.float32)
+    fractions = np.concatenate([result.fractions for result in collected.vectors]).astype(np.float32)
+    ra, dec, healpix = _positions(taken, collected)
+    names = schema.names[len(schema.names) - fractions.shape[1] :]
+    columns: dict[str, Any] = {name: taken[name] for name in taken.column_names if name in schema.names}
+    columns |= {
+        "ra": ra,
+        "dec": dec,
+        "_healpix_29": healpix,
+        "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1]),
+        "norm": np.concatenate([result.norms for result in collected.vectors]),
+        "coverage": np.array([coverage for coverage, _, _, _ in collected.cutouts], np.float32),
+        "fov": pa.array([fov for _, fov, _, _ in collected.cutouts], pa.float32()),
+        "input_kind": [kind] * count,
+        "engine": [engine] * count,
+        "partition": [partition] * count,
+    }
+    columns |= {name: fractions[:, at] for at, name in enumerate(names)}
+    return _table(columns, schema)
+
+
+def _positions(taken: pa.Table, collected: _Collected) -> tuple[pa.Array, pa.Array, pa.Array]:
+    """Return ra, dec and HEALPix index: the source list's, else the cutout's, else null."""
+    listed = zip(taken["ra"].to_pylist(), taken["dec"].to_pylist(), strict=True)
+    pairs = [
+        (ra, dec) if ra is not None and dec is not None else (cutout[2], cutout[3])
+        for (ra, dec), cutout in zip(listed, collected.cutouts, strict=True)
+    ]
+    ra, dec = (np.array([pair[at] for pair in pairs], np.float64) for at in (0, 1))
+    known = np.isfinite(ra) & np.isfinite(dec)
+    healpix: NDArray[np.int64] = np.zeros(len(ra), np.int64)
+    healpix[known] = healpix_index(ra[known], dec[known])
+    return pa.array(ra % 360, mask=~known), pa.array(dec, mask=~known), pa.array(healpix, mask=~known)
+
+
+def _table(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
+    return conform(pa.table({name: columns[name] for name in schema.names if name in columns}), schema)

@@ -1,0 +1,94 @@
+"""What an embedding job did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from catalogue_jobs.partition import Timings
+
+
+@dataclass(frozen=True)
+class JobReport:
+    """Account of one run; `str` gives it for reading.
+
+    Attributes
+    ----------
+    store : str
+    listed : int
+        Sources in the list, without the rejected ones.
+    planned : int
+        Sources that this run had to do.
+    already_embedded, already_failed : int
+        Sources that the store had when it began; the failed ones were not tried again.
+    embedded : int
+        Sources embedded by this run.
+    failed : mapping of str to int
+        Sources that failed in this run, by reason, most frequent first.
+    examples : mapping of str to str
+        Message of one failure of each reason.
+    changed : int
+        Embedded sources whose file has changed since.
+    seconds : Timings
+        Summed over workers.
+    wall_seconds : float
+    engine : str
+        Runtime and digest; empty where there was nothing to do.
+    workers : int
+    """
+
+    store: str
+    listed: int
+    planned: int
+    already_embedded: int
+    already_failed: int
+    embedded: int = 0
+    failed: Mapping[str, int] = field(default_factory=dict)
+    examples: Mapping[str, str] = field(default_factory=dict)
+    changed: int = 0
+    seconds: Timings = field(default_factory=Timings)
+    wall_seconds: float = 0.0
+    engine: str = ""
+    workers: int = 0
+
+    @property
+    def images_per_second(self) -> float:
+        """Embedded images over wall time, starting and committing included."""
+        return self.embedded / self.wall_seconds if self.wall_seconds else 0.0
+
+    @property
+    def failures(self) -> int:
+        """Sources that failed in this run, those that the list itself rejected included."""
+        return sum(self.failed.values())
+
+    def __str__(self) -> str:
+        lines = [*self._done(), *self._failures()]
+        if self.changed:
+            lines.append(f"{self.changed:,} embedded source(s) have other files now; their vectors are left alone")
+        return "\n".join(lines)
+
+    def _done(self) -> list[str]:
+        if not self.planned:
+            failed = f", {self.already_failed:,} failed before (try them again with --retry-failed)"
+            return [
+                f"nothing to do: {self.already_embedded:,} of {self.listed:,} sources are in {self.store}"
+                + (failed if self.already_failed else "")
+            ]
+        spent = self.seconds
+        before = self.already_embedded + self.already_failed
+        return [
+            f"embedded {self.embedded:,} of {self.planned:,} sources into {self.store}"
+            + (f" ({before:,} of {self.listed:,} were done before)" if before else ""),
+            f"{self.wall_seconds:.1f} s, {self.images_per_second:.1f} images/s, {self.workers} worker(s), "
+            f"{self.engine}",
+            f"time in workers: read {spent.read:.1f} s, cut {spent.cut:.1f} s, infer {spent.infer:.1f} s, "
+            f"write {spent.write:.1f} s",
+        ]
+
+    def _failures(self) -> list[str]:
+        if not self.failed:
+            return []
+        lines = [f"failed: {self.failures:,}, listed in the store; try them again with --retry-failed"]
+        for reason, count in self.failed.items():
+            lines.append(f"  {count:,} {reason}, as in: {self.examples.get(reason, '')}")
+        return lines

@@ -1,0 +1,298 @@
+"""Whole jobs: every source ends in exactly one table, whatever is killed, sent twice or tried again."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lance
+import pyarrow as pa
+import pytest
+from distributed import LocalCluster
+
+from catalogue_jobs import run
+from catalogue_jobs.report import JobReport
+from galembed.backbones import Backbone
+from galembed.errors import ArtifactMismatch, BadRequest, SchemaMismatch, StoreBusy
+from galembed.schemas import SOURCES
+from galembed.sources import SourceList
+from galembed.store import commit as committing
+from galembed.store.commit import Lease
+from tests.catalogue_jobs.fakes import FakeReader, source_table
+from tests.catalogue_jobs.script import COUNT, FAILING
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def scheduler() -> Iterator[str]:
+    """A Dask cluster inside this process: no workers to spawn."""
+    with LocalCluster(
+        n_workers=1,
+        threads_per_worker=2,
+        processes=False,
+        dashboard_address=None,
+        silence_logs=logging.CRITICAL,
+    ) as cluster:
+        yield cluster.scheduler_address
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return tmp_path / "galaxies.lance"
+
+
+@pytest.fixture
+def job(store: Path, tiny_backbone: Backbone, scheduler: str) -> Any:
+    def embed(reader: FakeReader, **options: Any) -> JobReport:
+        options = {"backbone": tiny_backbone, "scheduler": scheduler, "progress": False} | options
+        return run.embed(reader, store, **options)
+
+    return embed
+
+
+def ids(store: Path, table: str) -> list[str]:
+    return sorted(lance.dataset(str(store / f"{table}.lance")).to_table()["source_id"].to_pylist())
+
+
+def names(numbers: Any) -> list[str]:
+    return sorted(f"g{number}" for number in numbers)
+
+
+def test_every_source_ends_in_exactly_one_table(job: Any, store: Path) -> None:
+    reader = FakeReader(300, empty=("g3",), raising=("g7",), rejected=("g0#row4",))
+    report = job(reader)
+    assert ids(store, "failures") == ["g0#row4", "g3", "g7"]
+    assert ids(store, "embeddings") == names(set(range(300)) - {3, 7})
+    assert (report.planned, report.embedded) == (300, 298)
+    assert report.failed == {"no_data": 1, "unexpected": 1, "duplicate_key": 1}
+    assert report.engine.startswith("torch-")
+    assert "embedded 298 of 300 sources" in str(report)
+    assert "failed: 3, listed" in str(report)
+    assert "1 no_data, as in: g3 has no data" in str(report)
+    written = json.loads((store / "job.json").read_text())
+    assert (written["state"], written["embedded"], written["failed"]) == ("finished", 298, 3)
+    assert not (store / "lease.json").exists()
+
+
+def test_the_second_run_does_nothing_and_says_so(job: Any, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = FakeReader(20, empty=("g3",), rejected=("g0#row4",))
+    job(reader)
+    versions = [lance.dataset(str(store / f"{name}.lance")).version for name in ("embeddings", "failures")]
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(run, "Client", never)
+    monkeypatch.setattr(run, "open_runtime", never)
+    report = job(reader)
+    assert versions == [lance.dataset(str(store / f"{name}.lance")).version for name in ("embeddings", "failures")]
+    assert report.planned == 0
+    assert str(report).startswith("nothing to do: 19 of 20 sources are in")
+    assert "1 failed before" in str(report)
+
+
+def test_a_longer_list_adds_only_what_is_new(job: Any, store: Path) -> None:
+    job(FakeReader(30))
+    report = job(FakeReader(35))
+    assert (report.planned, report.embedded, report.already_embedded) == (5, 5, 30)
+    assert ids(store, "embeddings") == names(range(35))
+
+
+def test_failures_tried_again_leave_the_failures(job: Any, store: Path) -> None:
+    job(FakeReader(20, empty=("g3", "g4"), raising=("g5",)))
+    report = job(FakeReader(20, empty=("g4",)), retry_failed=True)
+    assert (report.planned, report.embedded) == (3, 2)
+    assert ids(store, "failures") == ["g4"]
+    assert ids(store, "embeddings") == names(set(range(20)) - {4})
+    failures = lance.dataset(str(store / "failures.lance")).to_table().to_pylist()
+    assert failures[0]["attempts"] == 2
+
+
+def test_killed_between_failures_and_append_then_run_again(
+    job: Any, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    reader = FakeReader(40, empty=("g3", "g30"))
+    with monkeypatch.context() as patch:
+        patch.setattr(committing, "_append", killed)
+        with pytest.raises(Killed):
+            job(reader)
+    assert ids(store, "embeddings") == []
+    report = job(reader)
+    assert report.already_failed + sum(report.failed.values()) == 2
+    assert ids(store, "embeddings") == names(set(range(40)) - {3, 30})
+    assert ids(store, "failures") == ["g3", "g30"]
+    files = list((store / "embeddings.lance" / "data").iterdir())
+    fragments = lance.dataset(str(store / "embeddings.lance")).get_fragments()
+    assert len(files) == len(fragments)  # the killed run's are gone
+
+
+def test_a_store_that_another_job_writes_is_left_alone(job: Any, store: Path) -> None:
+    with Lease(store), pytest.raises(StoreBusy, match=r"process \d+ on"):
+        job(FakeReader(3))
+
+
+def test_a_job_that_loses_its_lease_stops(job: Any, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stolen(store: Path, *_: object) -> Any:
+        (store / "lease.json").write_text(json.dumps({"token": "other", "pid": 1, "host": "h", "since": "s"}))
+        return original(store, *_)
+
+    original = run.commit
+    monkeypatch.setattr(run, "commit", stolen)
+    with pytest.raises(StoreBusy, match=r"lost its lease \(now held by process 1 on h"):
+        job(FakeReader(3))
+    assert ids(store, "embeddings") == []
+    assert (store / "lease.json").exists()
+
+
+def test_a_store_of_another_backbone_is_refused(job: Any, store: Path, tiny_backbone: Backbone) -> None:
+    job(FakeReader(3))
+    other = Backbone(**{**vars(tiny_backbone), "embedding_id": "0" * 64})
+    with pytest.raises(ArtifactMismatch, match=r"embedding_id .* another --store"):
+        job(FakeReader(4), backbone=other)
+    with pytest.raises(ArtifactMismatch, match="bands"):
+        job(FakeReader(4, bands={"blue": "g", "green": "r", "red": "i"}))
+
+
+class WithColumn(FakeReader):
+    """Carries one column more, called `norm` or what `root` says."""
+
+    def sources(self) -> SourceList:
+        listed = super().sources()
+        return SourceList(listed.table.append_column(self.root, listed.table["size"]), listed.rejected)
+
+
+def test_carried_columns_must_match(job: Any) -> None:
+    job(FakeReader(3))
+    with pytest.raises(SchemaMismatch, match=r"redshift .*is not in the store"):
+        job(WithColumn(4, root="redshift"))
+
+
+def test_a_carried_column_may_not_have_a_name_of_the_stores_own(job: Any) -> None:
+    with pytest.raises(SchemaMismatch, match=r"norm.*rename"):
+        job(WithColumn(4, root="norm"))
+
+
+def test_too_many_failures_stop_the_job_and_keep_what_is_done(job: Any, store: Path) -> None:
+    reader = FakeReader(100, empty=tuple(f"g{number}" for number in range(0, 100, 2)))
+    with pytest.raises(BadRequest, match=r"more than --max-failures 0.1 allows.*has no data"):
+        job(reader, max_failures=0.1)
+    assert json.loads((store / "job.json").read_text())["state"] == "failed"
+    job(reader)
+    assert ids(store, "embeddings") == names(range(1, 100, 2))
+    assert ids(store, "failures") == names(range(0, 100, 2))
+
+
+def test_an_error_that_is_no_sources_fault_stops_the_job(
+    job: Any, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_fragments", full)
+        with pytest.raises(OSError, match="No space left"):
+            job(FakeReader(5))
+    assert job(FakeReader(5)).embedded == 5
+
+
+def test_an_unreachable_scheduler_is_named(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "CONNECT_SECONDS", 0.3)
+    with pytest.raises(BadRequest, match=r"no Dask scheduler answers at tcp://127.0.0.1:9"):
+        job(FakeReader(3), scheduler="tcp://127.0.0.1:9")
+
+
+@pytest.mark.parametrize("option", [{"workers": 0}, {"batch": 0}, {"max_failures": 2.0}])
+def test_options_without_sense_are_refused(job: Any, option: dict[str, Any]) -> None:
+    with pytest.raises(BadRequest, match=next(iter(option))):
+        job(FakeReader(3), **option)
+
+
+def test_a_partition_that_kills_workers_is_halved_down_to_its_culprit() -> None:
+    table = source_table(8)
+    part = run.Partition("p", run.partitions(table)[0].rows)
+    waiting: Any = run.deque([part])
+    culprit, results = 5, []
+    while waiting:
+        part = waiting.popleft()
+        if culprit in part.rows:
+            results.append(run._after_death(part, table, waiting))
+        else:
+            results.append(part)
+    alive = sorted(row for item in results if isinstance(item, run.Partition) for row in item.rows)
+    failed = [item.finished.failures.to_pylist()[0] for item in results if isinstance(item, run.Result)]
+    assert alive == [0, 1, 2, 3, 4, 6, 7]
+    assert [(row["source_id"], row["reason"]) for row in failed] == [("g5", "worker_died")]
+
+
+def test_a_signal_waits_for_the_end_of_a_commit() -> None:
+    reached = False
+    with pytest.raises(KeyboardInterrupt), run._uninterrupted():  # noqa: PT012
+        signal.raise_signal(signal.SIGINT)
+        reached = True
+    assert reached
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def start(store: Path, backbone: Backbone, log: Path, delay: float) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.catalogue_jobs.script", store, backbone.path, log, delay]
+    return subprocess.Popen(
+        [str(part) for part in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for_rows(store: Path, rows: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if (store / "embeddings.lance" / "_versions").exists() and len(ids(store, "embeddings")) >= rows:
+            return
+        time.sleep(0.1)
+    process.terminate()
+    raise AssertionError(process.communicate()[1])
+
+
+@pytest.mark.slow
+def test_interrupted_then_killed_then_run_again(store: Path, tiny_backbone: Backbone, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    interrupted = start(store, tiny_backbone, log, 0.1)
+    wait_for_rows(store, 10, interrupted)
+    interrupted.send_signal(signal.SIGINT)
+    message = interrupted.communicate(timeout=30)[1]
+    assert "the same command goes on from there" in message
+    assert json.loads((store / "job.json").read_text())["state"] == "interrupted"
+    assert not (store / "lease.json").exists()
+
+    killed = start(store, tiny_backbone, log, 0.1)
+    wait_for_rows(store, len(ids(store, "embeddings")) + 10, killed)
+    killed.kill()
+    killed.communicate(timeout=30)  # its workers, which hold the pipe, notice and end too
+    assert (store / "lease.json").exists()
+    before = len(ids(store, "embeddings"))
+    assert 20 <= before < COUNT - 2
+
+    last = start(store, tiny_backbone, log, 0.0)
+    output, errors = last.communicate(timeout=60)
+    assert last.returncode == 0, errors
+    assert f"embedded {COUNT - 2 - before} of" in output
+    assert ids(store, "failures") == sorted(FAILING)
+    assert ids(store, "embeddings") == names(set(range(COUNT)) - {5, 50})
+    cut = log.read_text().split()
+    assert len(cut) < 2 * COUNT  # it went on; it did not begin again
+
+
+def test_schema_of_sources_is_the_readers() -> None:
+    assert FakeReader(1).sources().table.select(SOURCES.names).schema.equals(SOURCES)
+    assert isinstance(source_table(1), pa.Table)
