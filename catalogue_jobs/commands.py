@@ -33,7 +33,7 @@ import click
 @click.option("--bands", multiple=True, metavar="ROLE=BAND", help="Band for a role, as in blue=g; repeatable.")
 @click.option(
     "--min-coverage",
-    default=0.1,
+    default=0.0,
     type=float,
     show_default=True,
     help="A source with less data in any band is a failure.",

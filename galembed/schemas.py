@@ -194,6 +194,7 @@ class StoreContract:
         """
         for name, consequence in (
             ("embedding_id", "vectors of two backbones cannot be compared"),
+            ("head_id", "vote fractions of two question heads are not mixed"),
             ("input_kind", "flux and display vectors are not mixed"),
             ("numeric_class", "numeric classes are not mixed"),
             ("bands", "all rows of a store use the same bands"),

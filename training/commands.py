@@ -65,6 +65,7 @@ def simulate(
 @click.option("--epochs", default=10, show_default=True)
 @click.option("--batch", default=64, show_default=True)
 @click.option("--learning-rate", default=1e-3, show_default=True)
+@click.option("--coarse", default=0.0, show_default=True, help="Share of the epochs, from the first, at half size.")
 @click.option("--max-minutes", default=0.0, help="End the training loop after this long; 0 = no limit.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--workers", default=1, show_default=True, help="Processes that read images.")
@@ -82,6 +83,7 @@ def train(
     epochs: int,
     batch: int,
     learning_rate: float,
+    coarse: float,
     max_minutes: float,
     seed: int,
     workers: int,
@@ -99,6 +101,7 @@ def train(
         epochs=epochs,
         batch=batch,
         learning_rate=learning_rate,
+        coarse=coarse,
         max_minutes=max_minutes,
         seed=seed,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from galembed.backbones import FieldOfView, InputContract
 from galembed.catalogues import GUESSES, read_table, source_ids
@@ -220,6 +220,24 @@ class PreparedImages(Dataset[tuple[Tensor, Tensor]]):
         pixels = torch.from_numpy(self._prepared.pixels[self._prepared.rows[rows]][:, :, self._cut, self._cut])
         votes = torch.from_numpy(self._prepared.votes[rows])
         return (pixels.float() if pixels.dtype == torch.float16 else pixels), votes
+
+
+class EpochOrder(Sampler[list[int]]):
+    """Batches of row numbers, shuffled anew each epoch; the order is a function of seed and epoch alone."""
+
+    def __init__(self, count: int, batch: int, seed: int) -> None:
+        self._count, self._batch, self._seed, self._epoch = count, batch, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch; Lightning calls it, after a resume as well."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._count // self._batch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.random.default_rng([self._seed, self._epoch]).permutation(self._count)
+        return iter(order[: len(self) * self._batch].reshape(len(self), self._batch).tolist())
 
 
 def prepare(images: VotedImages, contract: InputContract, file: Path, *, workers: int) -> tuple[Prepared, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import shlex
@@ -17,11 +18,12 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader
 
 from galembed.backbones import Backbone, FieldOfView, InputContract, save_backbone
 from galembed.errors import BadRequest
@@ -29,7 +31,7 @@ from galembed.mappings import LEGACY_DR2
 from galembed.network import GalaxyNetwork
 from galembed.questions import QuestionTree, question_tree
 from training.augment import Augmentation
-from training.data import Prepared, PreparedImages, is_validation, open_voted_images, prepare
+from training.data import EpochOrder, Prepared, PreparedImages, is_validation, open_voted_images, prepare
 from training.loss import dirichlet_multinomial_nll
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,9 @@ class Recipe:
     learning_rate, weight_decay : float
         Of AdamW; the rate rises for `warmup` of the run and falls along a cosine.
     warmup : float
+    coarse : float
+        Share of the epochs, from the first, that see images of half the size: four times as fast, and enough to
+        learn what large scales tell. Validation is always at full size.
     max_minutes : float
         End after this long, with the rate's schedule fitted to it; 0 = no limit. A timed run is not repeatable.
     seed : int
@@ -70,6 +75,7 @@ class Recipe:
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
     warmup: float = 0.05
+    coarse: float = 0.0
     max_minutes: float = 0.0
     seed: int = 0
     augmentation: Augmentation = field(default_factory=Augmentation)
@@ -103,6 +109,9 @@ class VoteTrainer(lightning.LightningModule):  # type: ignore[misc]  # Lightning
         if generator is None:
             door = self.network.channels_from_flux if self.kind == "flux" else self.network.channels_from_display
             return door(images)
+        if self.current_epoch < self.recipe.coarse * self.recipe.epochs:
+            size //= 2
+            images = F.avg_pool2d(torch.nan_to_num(images.float()), 2)
         if self.kind == "flux":
             channels = self.network.channels_from_flux(augment.flux(images, size, generator))
         else:
@@ -253,9 +262,11 @@ def train(
         weights={key: value.numpy() for key, value in network.state_dict().items()},
         samples=_samples(network, validation, contract.size, kind),
         provenance={
-            "command": shlex.join(["galembed", *sys.argv[1:]]),
+            # A resumed run gives what an unbroken one does, so the word is left out.
+            "command": shlex.join(["galembed", *(word for word in sys.argv[1:] if word != "--resume")]),
             "recipe": asdict(recipe),
             "images": len(training),
+            "simulation": _simulation(source),
             "validation_nll": round(nll, 4),
             "versions": {package: version(package) for package in ("galembed", "torch", "timm", "lightning")},
         },
@@ -272,6 +283,12 @@ def train(
         elapsed,
         seen / max(seconds, 1e-9),
     )
+
+
+def _simulation(source: Path) -> dict[str, Any] | None:
+    """Return what made the training images, where that was `galembed simulate`."""
+    file = source / "simulation.json"
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
 
 
 def _fit(module: VoteTrainer, training: Prepared, validation: Prepared, logs: Path, resume: bool) -> tuple[float, int]:
@@ -293,10 +310,9 @@ def _fit(module: VoteTrainer, training: Prepared, validation: Prepared, logs: Pa
         log_every_n_steps=10,
         enable_model_summary=False,
     )
-    generator = torch.Generator().manual_seed(recipe.seed)
-    order = RandomSampler(range(len(training)), generator=generator)
     batch = min(recipe.batch, len(training))
-    loader = DataLoader(PreparedImages(training, 0), sampler=BatchSampler(order, batch, True), batch_size=None)
+    order = EpochOrder(len(training), batch, recipe.seed)
+    loader = DataLoader(PreparedImages(training, 0), sampler=order, batch_size=None)
     begun = time.monotonic()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
