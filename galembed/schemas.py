@@ -117,6 +117,12 @@ def embeddings_schema(
     return pa.schema(fields, metadata=metadata)
 
 
+def answers_of(schema: pa.Schema) -> dict[str, str]:
+    """Return the vote-fraction columns of a store's schema, with the answer that each predicts."""
+    marked = ((field.name, (field.metadata or {}).get(b"answer")) for field in schema)
+    return {name: answer.decode() for name, answer in marked if answer is not None}
+
+
 def fraction_column(answer: str) -> str:
     """Return the store column of an answer's predicted vote fraction.
 

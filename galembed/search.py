@@ -165,7 +165,8 @@ def _unknown_column(where: str, text: str, names: list[str]) -> str:
     by_lower = {known.lower(): known for known in names}
     near = [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)]
     message = f"filter {where!r}: the store has no column {name!r}"
-    message += f"; did you mean {', '.join(near)}?" if near else f"; it has {', '.join(names)}"
+    listed = ", ".join(names[:30]) + (f" and {len(names) - 30} more (galembed status)" if len(names) > 30 else "")
+    message += f"; did you mean {', '.join(near)}?" if near else f"; it has {listed}"
     if text.startswith('"'):
         message += " (text goes in single quotes)"
     elif any(re.split(r"\W", known)[0] == name and not known.isidentifier() for known in names):

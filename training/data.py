@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -223,21 +223,20 @@ class PreparedImages(Dataset[tuple[Tensor, Tensor]]):
 
 
 class EpochOrder(Sampler[list[int]]):
-    """Batches of row numbers, shuffled anew each epoch; the order is a function of seed and epoch alone."""
+    """Batches of row numbers, shuffled anew each epoch; the order is a function of seed and epoch alone.
 
-    def __init__(self, count: int, batch: int, seed: int) -> None:
-        self._count, self._batch, self._seed, self._epoch = count, batch, seed, 0
+    `epoch` is asked when an epoch begins: a trainer tells samplers the epoch of a resumed run too late.
+    """
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch; Lightning calls it, after a resume as well."""
-        self._epoch = epoch
+    def __init__(self, count: int, batch: int, seed: int, epoch: Callable[[], int]) -> None:
+        self._count, self._batch, self._seed, self._epoch = count, batch, seed, epoch
 
     def __len__(self) -> int:
         return self._count // self._batch
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = np.random.default_rng([self._seed, self._epoch]).permutation(self._count)
-        return iter(order[: len(self) * self._batch].reshape(len(self), self._batch).tolist())
+        order = np.random.default_rng([self._seed, self._epoch()]).permutation(self._count)
+        yield from order[: len(self) * self._batch].reshape(len(self), self._batch).tolist()
 
 
 def prepare(images: VotedImages, contract: InputContract, file: Path, *, workers: int) -> tuple[Prepared, list[str]]:

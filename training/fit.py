@@ -311,12 +311,19 @@ def _fit(module: VoteTrainer, training: Prepared, validation: Prepared, logs: Pa
         enable_model_summary=False,
     )
     batch = min(recipe.batch, len(training))
-    order = EpochOrder(len(training), batch, recipe.seed)
+    order = EpochOrder(len(training), batch, recipe.seed, lambda: module.current_epoch)
     loader = DataLoader(PreparedImages(training, 0), sampler=order, batch_size=None)
     begun = time.monotonic()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its advertisements; errors are raised
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*Checkpoint directory.*")
+        for chatter in (
+            "many workers",
+            "Checkpoint directory",
+            "Experiment logs directory",
+            "LeafSpec",
+            "logging interval",
+        ):
+            warnings.filterwarnings("ignore", message=f".*{chatter}.*")
         trainer.fit(
             module,
             loader,

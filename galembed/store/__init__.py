@@ -23,7 +23,7 @@ from astropy.table import Row, Table
 from numpy.typing import NDArray
 
 from galembed.errors import ArtifactNotFound, BadRequest
-from galembed.schemas import FAILURES, StoreContract, embeddings_schema
+from galembed.schemas import FAILURES, StoreContract, answers_of, embeddings_schema
 from galembed.search import (
     HIT_COLUMNS,
     Hits,
@@ -105,6 +105,10 @@ class Status:
         Rows that the vector index does not hold; they are searched exactly, which costs time.
     job : mapping
         Account of the last embedding job; empty if there is none.
+    carried : tuple of str
+        Catalogue columns.
+    fractions : tuple of str
+        Columns of predicted vote fractions.
     """
 
     path: str
@@ -117,6 +121,8 @@ class Status:
     index: str
     unindexed: int
     job: Mapping[str, Any] = field(default_factory=dict)
+    carried: tuple[str, ...] = ()
+    fractions: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         contract = self.contract
@@ -130,6 +136,10 @@ class Status:
             "backbone": f"{contract.backbone} ({contract.embedding_id[:12]})",
             "vectors": f"{self.dim} numbers, {contract.numeric_class}",
             "input": contract.input_kind + (f", {bands}" if bands else ""),
+            "columns": ", ".join(self.carried) or "none carried from a catalogue",
+            "votes": f"{len(self.fractions)} predicted fractions: {', '.join(self.fractions)}"
+            if self.fractions
+            else "none",
             "engines": ", ".join(f"{name} ({count:,})" for name, count in self.engines.items()) or "none",
             "search": index,
             "last job": ", ".join(f"{key} {value}" for key, value in self.job.items() if _plain(value)) or "unknown",
@@ -172,8 +182,14 @@ class Store:
 
     @property
     def carried(self) -> tuple[str, ...]:
-        """Catalogue columns and predicted fractions: those beyond galembed's own."""
-        return tuple(name for name in self.schema.names if name not in _OWN_COLUMNS)
+        """Catalogue columns: neither galembed's own nor predicted vote fractions."""
+        own = _OWN_COLUMNS | set(answers_of(self.schema))
+        return tuple(name for name in self.schema.names if name not in own)
+
+    @property
+    def fractions(self) -> dict[str, str]:
+        """Columns of predicted vote fractions, with the answer that each is for."""
+        return answers_of(self.schema)
 
     def batches(
         self, columns: Sequence[str], where: str | None = None, *, batch_size: int = 8192
@@ -280,6 +296,8 @@ class Store:
         return Status(
             path=self.path,
             rows=len(self),
+            carried=self.carried,
+            fractions=tuple(self.fractions),
             dim=self.dim,
             failures=dict(Counter(map(str, self.failures()["reason"])).most_common()),
             contract=self.contract,
@@ -319,7 +337,7 @@ class Store:
         exclude_self : bool
             Leave out the sources that were asked about.
         columns : sequence of str, optional
-            Store columns to return instead of the carried ones.
+            Store columns to return instead of the carried ones; predicted vote fractions are there when asked for.
         exact : bool
             Compare with every vector although there is an index.
 

@@ -130,3 +130,17 @@ def test_one_galaxy_through_both_doors_gives_almost_one_vector(
 def test_an_unknown_runtime_is_refused(tiny_backbone: Backbone) -> None:
     with pytest.raises(BadRequest, match="choose auto, onnxruntime or torch"):
         open_runtime(tiny_backbone, "jax")
+
+
+@pytest.mark.gpu
+def test_torch_on_a_gpu_agrees_with_torch_on_the_cpu(tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    on_gpu = TorchRuntime(tiny_backbone)
+    assert on_gpu.engine.startswith("torch-cuda-fp32:")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    on_cpu = TorchRuntime(tiny_backbone)
+    for kind, images in tiny_backbone.samples().items():
+        cosine = (on_gpu.embed(images, kind).vectors * on_cpu.embed(images, kind).vectors).sum(axis=1)
+        assert cosine.min() > 0.99999
