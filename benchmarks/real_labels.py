@@ -35,8 +35,7 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from galembed.backbones import Backbone, load_backbone, save_backbone
-from galembed.runtimes import open_runtime
-from galembed.runtimes.torch import TorchRuntime
+from galembed.runtimes import Runtime, open_runtime
 from galembed.sources.images import read_picture
 
 
@@ -121,32 +120,8 @@ def pictures(table: pa.Table, crop: float, size: int) -> np.ndarray:
         return np.stack(out)
 
 
-def embed(runtime: TorchRuntime, images: np.ndarray) -> np.ndarray:
+def embed(runtime: Runtime, images: np.ndarray) -> np.ndarray:
     return np.concatenate([runtime.embed(images[i : i + 64], "display").vectors for i in range(0, len(images), 64)])
-
-
-def untrained(backbone: Backbone, seed: int, images: np.ndarray) -> np.ndarray:
-    """Vectors of the same architecture with random weights, centred on this set."""
-    import torch
-
-    from galembed.network import GalaxyNetwork
-
-    torch.manual_seed(seed)
-    contract = backbone.contract
-    network = GalaxyNetwork(
-        backbone.architecture,
-        backbone.architecture_args,
-        mapping=contract.mapping,
-        mean=contract.mean,
-        std=contract.std,
-    ).eval()
-    with torch.inference_mode():
-        return np.concatenate(
-            [
-                network.features(network.channels_from_display(torch.from_numpy(images[i : i + 64]))).numpy()
-                for i in range(0, len(images), 64)
-            ]
-        )
 
 
 def untrained_backbone(backbone: Backbone, seed: int, path: Path) -> Backbone:
@@ -259,6 +234,10 @@ def main() -> None:
     backbone = load_backbone(options.backbone)
     runtime = open_runtime(backbone, "torch")
     size = backbone.contract.size
+    scratch = tempfile.TemporaryDirectory()
+    untrained = [
+        open_runtime(untrained_backbone(backbone, seed, Path(scratch.name) / str(seed)), "torch") for seed in (0, 1, 2)
+    ]
     rows = []
     for item in SETS:
         table = pq.read_table(options.data / "images" / item.file)
@@ -267,9 +246,9 @@ def main() -> None:
         images = pictures(table, item.crop, size)
         with warnings.catch_warnings(), threadpool_limits(1):
             warnings.simplefilter("ignore")
-            random_nets = [score(untrained(backbone, seed, images), labels) for seed in (0, 1, 2)]
+            random_nets = [score(embed(network, images), labels) for network in untrained]
             results = [
-                score(embed(runtime, images), labels),  # type: ignore[arg-type]
+                score(embed(runtime, images), labels),
                 (float(np.mean([mean for mean, _ in random_nets])), float(np.mean([sd for _, sd in random_nets]))),
                 score(pixels(images), labels, components=64),
                 score(hand_made(images), labels),
