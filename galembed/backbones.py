@@ -284,7 +284,7 @@ def save_backbone(
     partial = directory / "backbone.json.partial"
     partial.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     partial.replace(directory / "backbone.json")
-    return load_backbone(directory)
+    return load_backbone(directory.resolve())  # a folder may be called builtin
 
 
 def load_weights(file: Path) -> dict[str, NDArray[Any]]:

@@ -26,6 +26,8 @@ class Cutout:
         Side on the sky; None without a WCS.
     ra, dec : float or None
         Position of the source, ICRS, deg: the source list's, or the frame's centre where that has none.
+    read_seconds : float
+        Time spent reading and decompressing for it.
     """
 
     pixels: NDArray[Any]
@@ -33,6 +35,7 @@ class Cutout:
     fov_arcsec: float | None
     ra: float | None = None
     dec: float | None = None
+    read_seconds: float = 0.0
 
 
 def resample(

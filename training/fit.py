@@ -272,6 +272,7 @@ def train(
         },
         half=half,
     )
+    (logs / "images.npy").unlink()
     elapsed = time.monotonic() - started
     return TrainingReport(
         backbone,

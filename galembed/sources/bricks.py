@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import time
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +22,7 @@ from numpy.typing import NDArray
 from galembed.backbones import InputContract
 from galembed.catalogues import read_catalogue
 from galembed.cutouts import Cutout, require_coverage, resample
-from galembed.errors import BadRequest, GalembedError, NoData, UnknownUnit, UnreadableInput
+from galembed.errors import BadRequest, GalembedError, MissingWCS, NoData, UnknownUnit, UnreadableInput
 from galembed.mappings import ROLES
 from galembed.photometry import nanojansky_per_unit
 from galembed.schemas import SOURCES
@@ -157,9 +159,10 @@ class BrickReader:
             )
         x, y = (float(value) for value in tile.wcs.all_world2pix([[row["ra"], row["dec"]]], 0)[0])
         side_pixels = side / LEGACY.pixel_arcsec
+        before = tile.reading["seconds"]
         flux = tile.cut(x, y, side_pixels, contract.size)
         worst = require_coverage(flux, tuple(self.bands[role] for role in ROLES), self.min_coverage)
-        return Cutout(flux, worst, side, row["ra"], row["dec"])
+        return Cutout(flux, worst, side, row["ra"], row["dec"], tile.reading["seconds"] - before)
 
 
 def find_bricks(root: Path) -> dict[str, dict[str, Path]]:
@@ -183,6 +186,8 @@ class Brick:
         Blue, green, red.
     whole : bool
         Decompress planes whole.
+    reading : dict
+        `seconds` spent reading and decompressing so far.
     """
 
     uri: str
@@ -190,7 +195,8 @@ class Brick:
     whole: bool
     wcs: WCS
     hdus: Mapping[str, Any]
-    files: tuple[fits.HDUList, ...]
+    files: ExitStack
+    reading: dict[str, float] = field(default_factory=lambda: {"seconds": 0.0})
 
     @classmethod
     def open(cls, uri: str, bands: Mapping[str, str], *, whole: bool) -> Brick:
@@ -203,35 +209,26 @@ class Brick:
         """
         names = tuple(bands[role] for role in ROLES)
         hdus: dict[str, Any] = {"maskbits": None} | {f"invvar-{band}": None for band in names}
-        files: list[fits.HDUList] = []
-        for name in (*(f"image-{band}" for band in dict.fromkeys(names)), *hdus):
-            path = _plane_path(uri, name)
-            if path is None and not name.startswith("image"):
-                continue
-            try:
-                if path is None:
+        with ExitStack() as opened:
+            for name in (*(f"image-{band}" for band in dict.fromkeys(names)), *hdus):
+                path = _plane_path(uri, name)
+                if path is not None:
+                    file, hdus[name] = _open_plane(path)
+                    opened.enter_context(file)
+                elif name.startswith("image"):
                     raise UnreadableInput(f"{uri}-{name}.fits.fz is missing; fetch it, or choose other --bands")
-                file, hdus[name] = _open_plane(path)
-            except UnreadableInput:
-                for file in files:
-                    file.close()
-                raise
-            files.append(file)
-        header = hdus[f"image-{names[0]}"].header
-        for band in names:
-            unit = str(hdus[f"image-{band}"].header.get("BUNIT", "")).strip()
-            if unit and unit != LEGACY.unit:
-                raise UnknownUnit(f"{uri}-image-{band}: BUNIT is {unit!r}, Legacy bricks are in {LEGACY.unit}")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", AstropyWarning)
-            return cls(uri, names, whole, WCS(header), hdus, tuple(files))
+            for band in names:
+                unit = str(hdus[f"image-{band}"].header.get("BUNIT", "")).strip()
+                if unit and unit != LEGACY.unit:
+                    raise UnknownUnit(f"{uri}-image-{band}: BUNIT is {unit!r}, Legacy bricks are in {LEGACY.unit}")
+            wcs = _sky_wcs(hdus[f"image-{names[0]}"].header, uri)
+            return cls(uri, names, whole, wcs, hdus, opened.pop_all())
 
     def __enter__(self) -> Brick:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in self.files:
-            file.close()
+        self.files.close()
 
     @cached_property
     def _planes(self) -> dict[str, NDArray[np.float32]]:
@@ -265,6 +262,7 @@ class Brick:
     def _read(self, band: str, box: tuple[slice, slice]) -> NDArray[np.float32]:
         """Return nJy; NaN where the weight is zero, the mask says so, or (without a weight map) the pixel is zero."""
         whole = box == (slice(None), slice(None))
+        started = time.perf_counter()
 
         def pixels(name: str) -> NDArray[Any] | None:
             hdu = self.hdus[name]
@@ -283,6 +281,7 @@ class Brick:
         flux[(image == 0) if weight is None else ~(weight > 0)] = np.nan
         if bits is not None:
             flux[(bits & LEGACY.no_data_bits[band]) != 0] = np.nan
+        self.reading["seconds"] += time.perf_counter() - started
         return flux
 
 
@@ -308,9 +307,17 @@ def _open_plane(path: Path) -> tuple[fits.HDUList, Any]:
 
 def _tile_wcs(path: Path) -> tuple[WCS, tuple[int, int]]:
     file, hdu = _open_plane(path)
-    with file, warnings.catch_warnings():
+    with file:
+        return _sky_wcs(hdu.header, str(path)), hdu.shape
+
+
+def _sky_wcs(header: fits.Header, name: str) -> WCS:
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", AstropyWarning)
-        return WCS(hdu.header), hdu.shape
+        wcs = WCS(header)
+    if not wcs.has_celestial:
+        raise MissingWCS(f"{name}: the header has no sky WCS, so no catalogue position can be found on this tile")
+    return wcs
 
 
 def _split_unusable(table: pa.Table) -> tuple[pa.Table, pa.Table]:

@@ -6,6 +6,7 @@ Read so far: the Legacy Surveys' cutout service, as a cube (`BANDS`, `BAND0`...)
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from galembed.backbones import InputContract
 from galembed.cutouts import Cutout, require_coverage, resample
-from galembed.errors import GalembedError, MissingBand, UnknownUnit, UnreadableInput
+from galembed.errors import GalembedError, MissingBand, MissingWCS, UnknownUnit, UnreadableInput
 from galembed.mappings import REFERENCE_PIXEL_ARCSEC, ROLES
 from galembed.photometry import nanojansky_per_unit
 from galembed.sources import SourceList
@@ -88,7 +89,9 @@ class CutoutReader:
                 yield number, error
 
     def _cutout(self, row: Mapping[str, Any], contract: InputContract) -> Cutout:
+        started = time.perf_counter()
         frame = read_frame(Path(row["source_uri"]), self.bands)
+        read_seconds = time.perf_counter() - started
         _, height, width = frame.flux.shape
         center = ((width - 1) / 2, (height - 1) / 2)
         ra, dec, scale = row["ra"], row["dec"], None
@@ -98,11 +101,16 @@ class CutoutReader:
                 ra, dec = (float(angle) for angle in frame.wcs.all_pix2world([center], 0)[0])
             else:
                 center = tuple(float(x) for x in frame.wcs.all_world2pix([[ra, dec]], 0)[0])  # type: ignore[assignment]
-        side = contract.field_of_view.side_arcsec(row["size"]) if scale else None
+        side = contract.field_of_view.side_arcsec(row["size"])
+        if scale is None and row["size"] is not None:
+            raise MissingWCS(
+                f"{row['source_uri']}: the catalogue gives a size in arcsec, and the header has no sky WCS to turn it "
+                "into pixels; leave the catalogue's size out and choose --crop"
+            )
         side_pixels = side / scale if side and scale else self.crop * min(height, width)
         flux = np.stack([resample(plane, center=center, side=side_pixels, size=contract.size) for plane in frame.flux])
         worst = require_coverage(flux, tuple(self.bands[role] for role in ROLES), self.min_coverage)
-        return Cutout(flux, worst, side_pixels * scale if scale else None, ra, dec)
+        return Cutout(flux, worst, side_pixels * scale if scale else None, ra, dec, read_seconds)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,8 +61,9 @@ class ImageReader:
         """Yield (row number, cutout or the reason there is none) for each row."""
         for number, row in enumerate(rows.select(["source_uri", "ra", "dec"]).to_pylist()):
             try:
+                started = time.perf_counter()
                 pixels = read_picture(Path(row["source_uri"]), crop=self.crop, size=contract.size)
-                yield number, Cutout(pixels, 1.0, None, row["ra"], row["dec"])
+                yield number, Cutout(pixels, 1.0, None, row["ra"], row["dec"], time.perf_counter() - started)
             except GalembedError as error:
                 yield number, error
 

@@ -18,6 +18,7 @@ from galembed.errors import (
     BadRequest,
     GalembedError,
     MissingBand,
+    MissingWCS,
     NoData,
     UnknownUnit,
     UnreadableInput,
@@ -181,6 +182,26 @@ def test_a_catalogue_gives_sizes_and_columns_by_id(tmp_path: Path) -> None:
     Table({"id": ["J9"]}).write(tmp_path / "d.ecsv")
     with pytest.raises(BadRequest, match="none of its ids"):
         open_source(tmp_path, catalogue=tmp_path / "d.ecsv").sources()
+
+
+def test_a_size_without_a_wcs_is_refused_and_a_crop_is_not(tmp_path: Path) -> None:
+    file = write_cube(tmp_path / "J1.fits")
+    cube = fits.getdata(file)
+    fits.writeto(file, cube, fits.Header({"BANDS": "grz", "IMAGETYP": "image"}), overwrite=True)
+    assert isinstance(only(tmp_path, contract(10)), Cutout)
+    Table({"id": ["J1"], "shape_r": [1.5]}).write(tmp_path / "c.ecsv")
+    result = only(tmp_path, contract(10), catalogue=tmp_path / "c.ecsv")
+    assert isinstance(result, MissingWCS)
+    assert "choose --crop" in str(result)
+
+
+def test_a_tile_without_a_wcs_is_an_error(tmp_path: Path) -> None:
+    folder, _ = write_brick(tmp_path)
+    path = folder / "legacysurvey-0400p020-image-g.fits.fz"
+    fits.CompImageHDU(fits.getdata(path), compression_type="RICE_1").writeto(path, overwrite=True)
+    Table({"id": ["s"], "ra": [40.0], "dec": [2.0], "shape_r": [1.0]}).write(tmp_path / "s.fits")
+    with pytest.raises(MissingWCS, match="no sky WCS"):
+        open_source(tmp_path, catalogue=tmp_path / "s.fits").sources()
 
 
 @pytest.mark.parametrize("whole", [True, False])
