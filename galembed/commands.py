@@ -191,7 +191,7 @@ def fit(
 
 @probe.command("evaluate")
 @click.argument("store")
-@click.option("--probe", "probe_path", type=_FILE, required=True, help="Folder of the probe.")
+@click.argument("probe_path", metavar="PROBE", type=_FILE)
 @_LABELS
 @click.option("--column", help="Label column, where it is not the one that the probe was fitted to.")
 @_ID_COLUMN
@@ -206,7 +206,7 @@ def evaluate(
     report: Path | None,
     plot: Path | None,
 ) -> None:
-    """Score a probe on labels that it was not fitted to."""
+    """Score PROBE on labels that it was not fitted to."""
     from galembed.probes import evaluate_probe, load_probe
     from galembed.store import open_store
 
@@ -219,10 +219,10 @@ def evaluate(
 
 @probe.command("apply")
 @click.argument("store")
-@click.option("--probe", "probe_path", type=_FILE, required=True, help="Folder of the probe.")
+@click.argument("probe_path", metavar="PROBE", type=_FILE)
 @click.option("--out", type=_FILE, required=True, help="Parquet file for the classes and probabilities.")
 def apply(store: str, probe_path: Path, out: Path) -> None:
-    """Classify every source of STORE."""
+    """Classify every source of STORE with PROBE."""
     from galembed.probes import apply_probe, load_probe
     from galembed.store import open_store
 

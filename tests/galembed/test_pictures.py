@@ -180,9 +180,9 @@ def test_probe_commands(store, tmp_path):
     assert result.exit_code == 0, result.output
     assert report.read_text().startswith("# Probe for `kind`")
     assert plot.exists()
-    result = run("probe", "apply", store.path, "--probe", probe, "--out", tmp_path / "kinds.parquet")
+    result = run("probe", "apply", store.path, probe, "--out", tmp_path / "kinds.parquet")
     assert "60 sources classified" in result.output
-    result = run("probe", "evaluate", store.path, "--probe", probe, "--labels", table)
+    result = run("probe", "evaluate", store.path, probe, "--labels", table)
     assert "40 were used in the fit" in result.output
 
 
