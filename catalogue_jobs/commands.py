@@ -77,8 +77,6 @@ def embed(
     from galembed.sources import open_source
 
     chosen = load_backbone(backbone)
-    if backbone == BUILTIN:
-        click.echo(f"built-in backbone {chosen.name} (embedding_id {chosen.embedding_id[:12]})", err=True)
     reader = open_source(
         source,
         catalogue=catalogue,
@@ -88,6 +86,8 @@ def embed(
         carry=carry,
         columns=_pairs(column, "--column", ("id", "ra", "dec", "size")),
     )
+    if backbone == BUILTIN:
+        click.echo(f"built-in backbone {chosen.name} (embedding_id {chosen.embedding_id[:12]})", err=True)
     try:
         report = run.embed(
             reader,

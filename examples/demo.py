@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import galembed
+from galembed.catalogues import read_table
 from galembed.store import Store
 
 KINDS = ("spiral", "barred_spiral", "disk_edge_on", "smooth_round", "smooth_elongated", "merger", "ring")
@@ -55,8 +56,6 @@ def neighbours(store: Store, truth: dict[str, str], out: Path) -> str:
 
 def main(out: Path) -> None:
     """Run the chain in `out`, which is made anew."""
-    from astropy.table import Table
-
     started = time.monotonic()
     if out.exists():
         shutil.rmtree(out)
@@ -66,7 +65,7 @@ def main(out: Path) -> None:
     printed: dict[str, str] = {}
     for name, arguments in {
         "simulate": ("simulate", survey, "--sources", "700", "--cutouts", "1500", "--seed", "42"),
-        "train": ("train", survey, "--out", out / "backbone", "--epochs", "4", "--max-minutes", "1", "--workers", "2"),
+        "train": ("train", survey, "--out", out / "backbone", "--epochs", "8", "--max-minutes", "1", "--workers", "2"),
         "export": ("export", out / "backbone"),
         "embed": ("embed", survey, "--catalogue", survey / "sources.fits", "--store", store),
         "embed, again": ("embed", survey, "--catalogue", survey / "sources.fits", "--store", store),
@@ -79,7 +78,7 @@ def main(out: Path) -> None:
         "status": ("status", store),
     }.items():
         seconds[name], printed[name] = run(*arguments)
-    truth = Table.read(survey / "truth.parquet")
+    truth = read_table(survey / "truth.parquet")
     kinds = {str(row["id_str"]): str(row["kind"]) for row in truth}
     begun = time.monotonic()
     purity = neighbours(galembed.open(store), kinds, out / "neighbours.png")

@@ -135,7 +135,7 @@ def save_figure(figure: Figure, file: str | Path) -> None:
         If matplotlib does not write that format, or the folder is absent.
     """
     try:
-        figure.savefig(file, dpi=150)
+        figure.savefig(file, dpi=100, bbox_inches="tight", pad_inches=0.08)
     except (ValueError, OSError) as error:
         raise BadRequest(f"the picture cannot be written to {file}: {str(error).splitlines()[0]}") from error
 
