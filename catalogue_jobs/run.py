@@ -499,7 +499,7 @@ def _client(scheduler: str | None, workers: int | None, rows: int) -> Iterator[t
     with (
         dask.config.set({"distributed.scheduler.allowed-failures": _DEATHS}),
         LocalCluster(
-            n_workers=count, threads_per_worker=1, dashboard_address=None, silence_logs=logging.CRITICAL
+            n_workers=count, threads_per_worker=1, dashboard_address=":0", silence_logs=logging.CRITICAL
         ) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):

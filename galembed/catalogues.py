@@ -49,7 +49,8 @@ def read_table(path: str | Path) -> Table:
         if name.endswith((".csv", ".csv.gz")):
             return Table.read(path, format="ascii.csv")
         if name.endswith((".fits", ".fit", ".fits.gz")):
-            return Table.read(path, format="fits", hdu=_first_table(path))
+            # NaN stays NaN: whether it is missing or an error is for the caller to say.
+            return Table.read(path, format="fits", hdu=_first_table(path), mask_invalid=False)
         return Table.read(path)
     except Exception as error:
         raise UnreadableInput(

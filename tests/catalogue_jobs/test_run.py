@@ -38,7 +38,7 @@ def scheduler() -> Iterator[str]:
         n_workers=1,
         threads_per_worker=2,
         processes=False,
-        dashboard_address=None,
+        dashboard_address=":0",
         silence_logs=logging.CRITICAL,
     ) as cluster:
         yield cluster.scheduler_address
