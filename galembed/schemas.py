@@ -15,6 +15,7 @@ STORE_FORMAT: Final = 1
 """Version of the store's layout, written into every store."""
 
 _METADATA_KEY: Final = b"galembed"
+_ANSWER: Final = b"answer"
 
 
 def _field(name: str, dtype: pa.DataType, doc: str, *, unit: str = "", nullable: bool = False) -> pa.Field:
@@ -88,7 +89,13 @@ def embeddings_schema(
         Written into the schema's metadata.
     """
     fractions = [
-        _field(fraction_column(answer), pa.float32(), f"predicted fraction of votes for {answer}") for answer in answers
+        pa.field(
+            fraction_column(answer),
+            pa.float32(),
+            nullable=False,
+            metadata={"doc": "predicted fraction of volunteers' votes", _ANSWER: answer},
+        )
+        for answer in answers
     ]
     fields = [
         _SURVEY,
@@ -119,7 +126,7 @@ def embeddings_schema(
 
 def answers_of(schema: pa.Schema) -> dict[str, str]:
     """Return the vote-fraction columns of a store's schema, with the answer that each predicts."""
-    marked = ((field.name, (field.metadata or {}).get(b"answer")) for field in schema)
+    marked = ((field.name, (field.metadata or {}).get(_ANSWER)) for field in schema)
     return {name: answer.decode() for name, answer in marked if answer is not None}
 
 

@@ -130,9 +130,7 @@ def open_source(
     columns = dict(columns or {})
     if brick_source.holds_bricks(root):
         if catalogue is None:
-            tables = sorted(path.name for path in root.glob("*.fits"))
-            hint = f" (this tree holds {', '.join(tables[:4])})" if tables else ""
-            raise BadRequest(f"{root} is a tree of survey bricks: say which sources to cut with --catalogue{hint}")
+            raise BadRequest(_needs_catalogue(root, brick_source.find_bricks(root)))
         return brick_source.BrickReader.open(
             root, catalogue, bands=bands, min_coverage=min_coverage, carry=carry, columns=columns
         )
@@ -157,6 +155,21 @@ def open_source(
         carry=carry,
         columns=columns,
     )
+
+
+def _needs_catalogue(root: Path, bricks: Mapping[str, object]) -> str:
+    """Say what a tree of bricks holds, and what to give instead."""
+    folders = {Path(uri).parent for uri in bricks}
+    tables = [path for path in sorted(root.rglob("*.fits")) if "catalogue" in path.name or path.name == "sources.fits"]
+    hint = f" (perhaps {tables[0].relative_to(root)})" if tables else ""
+    others = {path.parent for path in root.rglob("*.fits") if path.parent not in folders and path.parent != root}
+    text = (
+        f"{root} holds {len(bricks)} survey brick(s): say which sources to cut from them with --catalogue TABLE{hint}"
+    )
+    if others:
+        names = sorted(str(path.relative_to(root)) for path in others)
+        text += f"; or give one of its folders of cutouts: {', '.join(names[:5])}" + ("..." if len(names) > 5 else "")
+    return text
 
 
 def recut(rows: pa.Table, store: StoreContract, size: int) -> list[Cutout | GalembedError]:

@@ -1,0 +1,80 @@
+import pyarrow as pa
+import pytest
+
+from galembed.errors import ArtifactMismatch, SchemaMismatch
+from galembed.questions import question_tree
+from galembed.schemas import SOURCES, StoreContract, answers_of, conform, embeddings_schema, fraction_column
+
+CONTRACT = StoreContract("e" * 64, "builtin", "flux", "fp32", {"blue": "g", "green": "r", "red": "z"}, head_id="h")
+
+
+def test_vote_fractions_are_columns_that_know_their_answer() -> None:
+    answers = question_tree().columns
+    schema = embeddings_schema(4, carried=[pa.field("mag_r", pa.float32())], answers=answers)
+    assert answers_of(schema) == {fraction_column(answer): answer for answer in answers}
+    assert all(name.isidentifier() for name in answers_of(schema))
+
+
+def test_units_are_in_the_fields() -> None:
+    schema = embeddings_schema(4)
+    assert {schema.field(name).metadata[b"unit"] for name in ("ra", "dec")} == {b"deg"}
+    assert schema.field("fov").metadata[b"unit"] == b"arcsec"
+
+
+def test_the_contract_survives_the_schema() -> None:
+    assert StoreContract.from_schema(embeddings_schema(4, contract=CONTRACT)) == CONTRACT
+
+
+def test_a_table_without_a_contract_is_no_store() -> None:
+    with pytest.raises(ArtifactMismatch, match="not a galembed store"):
+        StoreContract.from_schema(pa.schema([]))
+
+
+def test_a_store_of_another_format_names_both() -> None:
+    schema = embeddings_schema(4, contract=StoreContract("e", "b", "flux", "fp32", format=99))
+    with pytest.raises(ArtifactMismatch, match="format 99, this galembed reads 1"):
+        StoreContract.from_schema(schema)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("embedding_id", "f"), ("head_id", "k"), ("input_kind", "display"), ("numeric_class", "int8"), ("crop", 0.3)],
+)
+def test_rows_under_another_contract_are_refused(name: str, value: object) -> None:
+    from dataclasses import replace
+
+    with pytest.raises(ArtifactMismatch, match=f"made with {name}"):
+        CONTRACT.require_same(replace(CONTRACT, **{name: value}))
+
+
+def test_where_the_backbone_lies_is_no_part_of_what_must_match() -> None:
+    from dataclasses import replace
+
+    CONTRACT.require_same(replace(CONTRACT, backbone="/elsewhere", source="/other"))
+
+
+def source(**changes: object) -> pa.Table:
+    row = {
+        "survey": "s",
+        "source_id": "1",
+        "ra": 1.0,
+        "dec": 2.0,
+        "size": None,
+        "source_uri": None,
+        "source_version": None,
+    }
+    return pa.Table.from_pylist([row | changes])
+
+
+def test_conform_orders_casts_and_drops() -> None:
+    table = conform(source(extra=1).select(["dec", "ra", "extra", *SOURCES.names[:2], *SOURCES.names[4:]]), SOURCES)
+    assert table.schema == SOURCES
+
+
+def test_what_does_not_fit_is_named() -> None:
+    with pytest.raises(SchemaMismatch, match=r"lacks column\(s\) \['ra'\]"):
+        conform(source().drop_columns(["ra"]), SOURCES)
+    with pytest.raises(SchemaMismatch, match="column 'source_id' holds 1 null"):
+        conform(source(source_id=None), SOURCES)
+    with pytest.raises(SchemaMismatch, match="does not fit its schema"):
+        conform(source(ra="north"), SOURCES)
