@@ -566,7 +566,7 @@ def _schema(backbone: Backbone, source: SourceReader, listed: pa.Schema, numeric
         )
     contract = StoreContract(
         embedding_id=backbone.embedding_id,
-        backbone=str(backbone.path),
+        backbone=backbone.reference,
         input_kind=source.kind,
         numeric_class=numeric_class,
         bands=dict(source.bands),

@@ -144,6 +144,11 @@ class Backbone:
         return self.questions.columns if self.questions else ()
 
     @property
+    def reference(self) -> str:
+        """What a store keeps to find the backbone again: ``builtin``, or the path."""
+        return BUILTIN if self.path == builtin_path() else str(self.path)
+
+    @property
     def engines(self) -> Path:
         """Folder of exported engines. The packaged backbone's are kept in the user's cache, by identity."""
         if self.path == builtin_path():

@@ -117,8 +117,9 @@ def read_catalogue(
     asked = {_match(table, name) for name in carry}
     for name in table.colnames:
         wanted = (name in asked or CARRIED.fullmatch(name)) and name not in used
-        if wanted and table[name].ndim == 1 and name.lower() not in arrays:
-            add(name.lower(), _to_arrow(table[name]), str(table[name].unit or ""))
+        ours = name.lower().replace(".", "_")  # LanceDB reads a dot as a path into a struct
+        if wanted and table[name].ndim == 1 and ours not in arrays:
+            add(ours, _to_arrow(table[name]), str(table[name].unit or ""))
     return pa.table(arrays, schema=pa.schema(fields))
 
 

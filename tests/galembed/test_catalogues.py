@@ -126,3 +126,9 @@ def test_real_legacy_catalogues_are_read(shared_data: Path) -> None:
     read = read_catalogue(shared_data / "fits/catalogues/sweep-310m005-320p000.fits", columns={})
     assert len(read) == 6
     assert all(name.count("-") == 2 for name in read["source_id"].to_pylist())
+
+
+def test_a_dot_in_a_column_name_becomes_an_underscore(tmp_path: Path) -> None:
+    catalogue(**{"mag.r": [17.0, 18.0]}).write(tmp_path / "c.ecsv")
+    read = read_catalogue(tmp_path / "c.ecsv", columns={}, carry=("mag.r",))
+    assert read["mag_r"].to_pylist() == [17.0, 18.0]
