@@ -171,6 +171,8 @@ class TrainingReport:
     fraction_rmse : mapping of str to float
         Of predicted vote fractions against counted ones, per question, over validation galaxies with at least 20 votes
         (Zoobot's rule); NaN where there is none.
+    constant_rmse : mapping of str to float
+        The same for the training images' mean fractions: what a network that has learnt nothing reaches.
     seconds : float
     images_per_second : float
         Training images over the seconds in the training loop.
@@ -182,11 +184,15 @@ class TrainingReport:
     unreadable: int
     validation_nll: float
     fraction_rmse: Mapping[str, float]
+    constant_rmse: Mapping[str, float]
     seconds: float
     images_per_second: float
 
     def __str__(self) -> str:
-        rows = "\n".join(f"  {name:<22} {value:.3f}" for name, value in self.fraction_rmse.items())
+        rows = "\n".join(
+            f"  {name:<22} {value:.3f} (a constant answer: {self.constant_rmse[name]:.3f})"
+            for name, value in self.fraction_rmse.items()
+        )
         return (
             f"backbone {self.backbone.path} ({self.backbone.architecture}, embedding_id "
             f"{self.backbone.embedding_id[:12]})\n"
@@ -252,6 +258,10 @@ def train(
         network.half().float()
     network.centring_mean.copy_(_mean_features(network, training, contract.size, kind))
     nll, rmse = _validate(network, validation, tree, contract.size, kind)
+    constant = {
+        question: fraction_rmse(_mean_fractions(training.votes[:, where], len(validation)), validation.votes[:, where])
+        for question, where in tree.slices.items()
+    }
     backbone = save_backbone(
         out,
         name=name or f"{recipe.architecture}-{recipe.questions}",
@@ -281,6 +291,7 @@ def train(
         len(unreadable),
         nll,
         rmse,
+        constant,
         elapsed,
         seen / max(seconds, 1e-9),
     )
@@ -374,6 +385,12 @@ def _validate(
         question: fraction_rmse(fractions[:, where], prepared.votes[:, where])
         for question, where in tree.slices.items()
     }
+
+
+def _mean_fractions(votes: NDArray[np.floating[Any]], count: int) -> NDArray[np.floating[Any]]:
+    """Return the share of all votes that each answer got, `count` times."""
+    total = votes.sum(axis=0)
+    return np.broadcast_to(total / max(float(total.sum()), 1.0), (count, len(total)))
 
 
 def fraction_rmse(predicted: NDArray[np.floating[Any]], votes: NDArray[np.floating[Any]], least: int = 20) -> float:

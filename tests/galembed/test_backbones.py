@@ -109,3 +109,22 @@ def test_field_of_view_follows_the_size_within_limits() -> None:
     assert rule.side_arcsec(None) is None
     assert rule.side_arcsec(np.nan) is None
     assert FieldOfView(0.0, 40.0, 40.0).side_arcsec(None) == 40.0
+
+
+def test_a_folder_called_builtin_is_a_folder_when_saved_to(
+    tiny_backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    saved = save_backbone(
+        "builtin",
+        name="mine",
+        architecture=tiny_backbone.architecture,
+        architecture_args={},
+        contract=tiny_backbone.contract,
+        questions=None,
+        weights=tiny_backbone.weights(),
+        samples={},
+        provenance={},
+    )
+    assert saved.path == tmp_path / "builtin"
+    assert saved.name == "mine"

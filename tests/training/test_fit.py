@@ -42,6 +42,7 @@ def test_a_backbone_comes_out_and_embeds(survey: Path, tmp_path: Path) -> None:
     assert report.images + report.validation_images == 40
     assert np.isfinite(report.validation_nll)
     assert set(report.fraction_rmse) == {question.name for question in question_tree().questions}
+    assert "(a constant answer: 0." in str(report)
     backbone = report.backbone
     assert backbone.provenance["recipe"]["seed"] == 0
     result = open_runtime(backbone, "torch").embed(backbone.samples()["flux"], "flux")
