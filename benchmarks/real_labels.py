@@ -132,13 +132,7 @@ def untrained_backbone(backbone: Backbone, seed: int, path: Path) -> Backbone:
 
     torch.manual_seed(seed)
     contract = backbone.contract
-    network = GalaxyNetwork(
-        backbone.architecture,
-        backbone.architecture_args,
-        mapping=contract.mapping,
-        mean=contract.mean,
-        std=contract.std,
-    ).eval()
+    network = GalaxyNetwork.for_contract(backbone.architecture, backbone.architecture_args, contract).eval()
     samples = backbone.samples()
     with torch.inference_mode():
         features = network.features(network.channels_from_flux(torch.from_numpy(samples["flux"])))

@@ -23,6 +23,8 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from scipy.stats import ks_2samp
 
+from galembed.mappings import LEGACY_DR2
+from galembed.photometry import NJY_PER_NANOMAGGY
 from training.simulation import SurveyFiles, simulate_survey
 
 mpl.use("Agg")
@@ -44,11 +46,9 @@ KINDS = (
 
 
 def viewer_rgb(cube: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Return the viewer's dr2_rgb picture of a grz cube, north up (legacysurvey/imagine map/views.py)."""
-    scaled = np.stack([cube[b] * s for b, s in ((2, 2.2), (1, 3.4), (0, 6.0))], axis=-1) + 0.03
-    intensity = np.maximum(scaled, 0).mean(axis=-1, keepdims=True)
-    stretched = scaled * np.arcsinh(20 * intensity) / np.sqrt(20) / np.where(intensity == 0, 1e-6, intensity)
-    return (np.clip(stretched, 0, 1) * 255).astype(np.uint8)[::-1]
+    """Return the viewer's dr2_rgb picture of a grz cube in nanomaggies, north up."""
+    channels = LEGACY_DR2.channels(cube * NJY_PER_NANOMAGGY)
+    return (channels.transpose(1, 2, 0) * 255).astype(np.uint8)[::-1]
 
 
 def tile(cube: NDArray[np.float32], arcsec_per_pixel: float, field_arcsec: float) -> Image.Image:

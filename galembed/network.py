@@ -9,7 +9,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from galembed.backbones import InputContract
 from galembed.mappings import LuptonMapping
+from galembed.questions import QuestionTree
 
 
 class GalaxyNetwork(nn.Module):
@@ -53,6 +55,24 @@ class GalaxyNetwork(nn.Module):
         self.head = nn.Linear(dim, sum(answers)) if answers else None
         self.precision = nn.Linear(dim, len(answers)) if answers else None
 
+    @classmethod
+    def for_contract(
+        cls,
+        architecture: str,
+        architecture_args: Mapping[str, Any],
+        contract: InputContract,
+        questions: QuestionTree | None = None,
+    ) -> GalaxyNetwork:
+        """Return a network with fresh weights for a backbone's input contract and questions."""
+        return cls(
+            architecture,
+            architecture_args,
+            mapping=contract.mapping,
+            mean=contract.mean,
+            std=contract.std,
+            answers=tuple(len(question.answers) for question in questions.questions) if questions else (),
+        )
+
     @property
     def dim(self) -> int:
         """Length of the embedding."""
@@ -66,6 +86,10 @@ class GalaxyNetwork(nn.Module):
     def channels_from_display(self, display: Tensor) -> Tensor:
         """Map uint8 (n, 3, y, x) R, G, B to channels in [0, 1]."""
         return display.to(torch.float32) / 255.0
+
+    def channels(self, images: Tensor, kind: str) -> Tensor:
+        """Return the channels of a batch through the door `kind`, ``flux`` or ``display``."""
+        return self.channels_from_flux(images) if kind == "flux" else self.channels_from_display(images)
 
     def features(self, channels: Tensor) -> Tensor:
         """Return pooled encoder features (n, dim) of R, G, B channels (n, 3, y, x) in [0, 1]."""

@@ -32,14 +32,7 @@ def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
     contract = InputContract(32, FieldOfView(9.0, 8.0, 90.0), LEGACY_DR2)
     tree = question_tree()
     torch.manual_seed(7)
-    network = GalaxyNetwork(
-        "test_convnext",
-        {},
-        mapping=contract.mapping,
-        mean=contract.mean,
-        std=contract.std,
-        answers=tuple(len(q.answers) for q in tree.questions),
-    )
+    network = GalaxyNetwork.for_contract("test_convnext", {}, contract, tree)
     rng = np.random.default_rng(7)
     return save_backbone(
         tmp_path_factory.mktemp("backbones") / "tiny",

@@ -90,25 +90,18 @@ class VoteTrainer(lightning.LightningModule):  # type: ignore[misc]  # Lightning
 
     def __init__(self, recipe: Recipe, tree: QuestionTree, kind: str, steps: int) -> None:
         super().__init__()
-        contract = recipe.contract()
         self.recipe, self.kind, self.steps = recipe, kind, steps
-        self.answers = tuple(len(question.answers) for question in tree.questions)
-        self.network = GalaxyNetwork(
-            recipe.architecture,
-            recipe.architecture_args,
-            mapping=contract.mapping,
-            mean=contract.mean,
-            std=contract.std,
-            answers=self.answers,
+        self.network = GalaxyNetwork.for_contract(
+            recipe.architecture, recipe.architecture_args, recipe.contract(), tree
         )
+        self.answers = self.network.answers
         self._started = time.monotonic()
 
     def channels(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
         """Return network input channels; augmented where there is a generator."""
         size, augment = self.recipe.size, self.recipe.augmentation
         if generator is None:
-            door = self.network.channels_from_flux if self.kind == "flux" else self.network.channels_from_display
-            return door(images)
+            return self.network.channels(images, self.kind)
         if self.current_epoch < self.recipe.coarse * self.recipe.epochs:
             size //= 2
             images = F.avg_pool2d(torch.nan_to_num(images.float()), 2)
@@ -354,10 +347,6 @@ def _batches(prepared: Prepared, size: int) -> DataLoader[Any]:
     return DataLoader(PreparedImages(prepared, margin), sampler=order, batch_size=None)
 
 
-def _door(network: GalaxyNetwork, kind: str, pixels: Tensor) -> Tensor:
-    return network.channels_from_flux(pixels) if kind == "flux" else network.channels_from_display(pixels)
-
-
 @torch.inference_mode()
 def _mean_features(network: GalaxyNetwork, prepared: Prepared, size: int, kind: str) -> Tensor:
     """Return the mean feature vector over at most 4,096 training images."""
@@ -365,7 +354,7 @@ def _mean_features(network: GalaxyNetwork, prepared: Prepared, size: int, kind: 
     chosen[:: max(1, len(prepared) // 4096)] = True
     total = torch.zeros(network.dim, dtype=torch.float64)
     for pixels, _ in _batches(prepared.take(chosen), size):
-        total += network.features(_door(network, kind, pixels)).double().sum(dim=0)
+        total += network.features(network.channels(pixels, kind)).double().sum(dim=0)
     mean: Tensor = (total / float(chosen.sum())).float()
     return mean
 
@@ -377,7 +366,7 @@ def _validate(
     """Return the mean NLL and each question's RMSE of vote fractions."""
     nll, predicted = [], []
     for pixels, votes in _batches(prepared, size):
-        features = network.features(_door(network, kind, pixels))
+        features = network.features(network.channels(pixels, kind))
         nll.append(dirichlet_multinomial_nll(votes, network.concentrations(features), network.answers).sum(dim=1))
         predicted.append(network.fractions(features).numpy())
     fractions = np.concatenate(predicted)

@@ -21,14 +21,8 @@ def load_network(backbone: Backbone) -> GalaxyNetwork:
     ArtifactMismatch
         If the weights are not the ones on record.
     """
-    contract = backbone.contract
-    network = GalaxyNetwork(
-        backbone.architecture,
-        backbone.architecture_args,
-        mapping=contract.mapping,
-        mean=contract.mean,
-        std=contract.std,
-        answers=tuple(len(q.answers) for q in backbone.questions.questions) if backbone.questions else (),
+    network = GalaxyNetwork.for_contract(
+        backbone.architecture, backbone.architecture_args, backbone.contract, backbone.questions
     )
     network.load_state_dict({key: torch.from_numpy(value) for key, value in backbone.weights().items()})
     return network.eval()

@@ -152,8 +152,8 @@ def read_frame(path: Path, bands: Mapping[str, str]) -> Frame:
             warnings.simplefilter("ignore", AstropyWarning)
             with fits.open(path, memmap=False) as hdus:
                 planes, header = _planes(hdus, path)
-                wanted = [planes[bands[role]] for role in ROLES] if _has(planes, bands, path) else []
-                flux = np.stack([np.asarray(plane, np.float32) for plane in wanted])
+                _require_bands(planes, bands, path)
+                flux = np.stack([np.asarray(planes[bands[role]], np.float32) for role in ROLES])
             wcs = celestial_wcs(header)
     except GalembedError:
         raise
@@ -204,7 +204,7 @@ def _cube_bands(header: fits.Header) -> list[str]:
     return text.split(",") if "," in text else list(text)
 
 
-def _has(planes: Mapping[str, Any], bands: Mapping[str, str], path: Path) -> bool:
+def _require_bands(planes: Mapping[str, Any], bands: Mapping[str, str], path: Path) -> None:
     missing = {role: band for role, band in bands.items() if band not in planes}
     if missing:
         raise MissingBand(
@@ -212,7 +212,6 @@ def _has(planes: Mapping[str, Any], bands: Mapping[str, str], path: Path) -> boo
             f"{', '.join(planes)}. Choose others with --bands, for example "
             + " ".join(f"--bands {role}={next(iter(planes))}" for role in missing)
         )
-    return True
 
 
 def _unit_factor(header: fits.Header, path: Path) -> float:
