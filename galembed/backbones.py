@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from galembed.errors import ArtifactMismatch, ArtifactNotFound, BadRequest
-from galembed.mappings import LuptonMapping
+from galembed.mappings import FluxMapping, mapping_from_dict
 from galembed.questions import QuestionTree
 
 GEOMETRY_VERSION: Final = 1
@@ -70,7 +70,7 @@ class InputContract:
     size : int
         Pixels on a side.
     field_of_view : FieldOfView
-    mapping : LuptonMapping
+    mapping : FluxMapping
         Flux (nJy per (0.262 arcsec)^2, bands blue, green, red) to display channels.
     mean, std : tuple of 3 floats
         Normalisation of the [0, 1] channels.
@@ -80,7 +80,7 @@ class InputContract:
 
     size: int
     field_of_view: FieldOfView
-    mapping: LuptonMapping
+    mapping: FluxMapping
     mean: tuple[float, float, float] = (0.2, 0.2, 0.2)
     std: tuple[float, float, float] = (0.2, 0.2, 0.2)
     row_order: str = "bottom_first"
@@ -100,7 +100,7 @@ class InputContract:
         return cls(
             size=int(data["size"]),
             field_of_view=FieldOfView(**data["field_of_view"]),
-            mapping=LuptonMapping.from_dict(data["mapping"]),
+            mapping=mapping_from_dict(data["mapping"]),
             mean=mean,  # type: ignore[arg-type]
             std=std,  # type: ignore[arg-type]
             row_order=str(data["row_order"]),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from galembed.backbones import InputContract
-from galembed.mappings import LuptonMapping
+from galembed.mappings import FluxMapping
 from galembed.questions import QuestionTree
 
 
@@ -23,7 +23,7 @@ class GalaxyNetwork(nn.Module):
         A timm model name.
     architecture_args : mapping
         Passed to `timm.create_model`.
-    mapping : LuptonMapping
+    mapping : FluxMapping
         Turns flux into display channels.
     mean, std : sequence of 3 floats
         Normalisation of the [0, 1] channels before the encoder.
@@ -36,7 +36,7 @@ class GalaxyNetwork(nn.Module):
         architecture: str,
         architecture_args: Mapping[str, Any],
         *,
-        mapping: LuptonMapping,
+        mapping: FluxMapping,
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
         answers: tuple[int, ...] = (),
