@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
 
 from galembed.errors import NoData
 
@@ -28,6 +31,12 @@ class Cutout:
         Position of the source, ICRS, deg: the source list's, or the frame's centre where that has none.
     read_seconds : float
         Time spent reading and decompressing for it.
+    flags : str
+        Words of `galembed.quality` that warn about the picture, separated by blanks; empty if there is nothing to say.
+    neighbours : tuple of str
+        Other tiles that it was assembled from.
+    tiles_opened : int
+        Tiles that were not open yet.
     """
 
     pixels: NDArray[Any]
@@ -36,23 +45,27 @@ class Cutout:
     ra: float | None = None
     dec: float | None = None
     read_seconds: float = 0.0
+    flags: str = ""
+    neighbours: tuple[str, ...] = ()
+    tiles_opened: int = 0
 
 
 def resample(
-    plane: NDArray[np.floating[Any]],
+    planes: NDArray[np.floating[Any]],
     *,
     center: tuple[float, float],
     side: float,
     size: int,
 ) -> NDArray[np.float32]:
-    """Return a square of `plane` on a grid of `size` pixels, anti-aliased, surface brightness conserved.
+    """Return a square of `planes` on a grid of `size` pixels, anti-aliased, surface brightness conserved.
 
-    Each output pixel is the mean of the input under a triangle of half-width max(step, 1) input pixels: linear
-    interpolation when magnifying, area-like averaging when shrinking.
+    Each output pixel is the mean of the input under a triangle of half-width max(step, 1) input pixels, where
+    step = side / size: linear interpolation when magnifying, area-like averaging when shrinking. All planes share
+    the geometry, and are best given together.
 
     Parameters
     ----------
-    plane : ndarray, shape (y, x)
+    planes : ndarray, shape (..., y, x)
         NaN = no data.
     center : (float, float)
         (x, y) of the square's centre, 0-based pixels, the first pixel's centre being (0, 0).
@@ -63,53 +76,197 @@ def resample(
 
     Returns
     -------
-    ndarray, shape (size, size), float32
+    ndarray, shape (..., size, size), float32
         NaN where less than half of the kernel's weight lies on pixels with data.
     """
-    (at_x, weights_x), (at_y, weights_y) = (
-        _kernel(length, middle, side / size, size) for length, middle in zip(plane.shape[::-1], center, strict=True)
-    )
-    left, bottom = at_x.min(), at_y.min()
-    window = np.asarray(plane[bottom : at_y.max() + 1, left : at_x.max() + 1], dtype=np.float32)
-    grid = (at_y - bottom, weights_y, at_x - left, weights_x)
-    valid = np.isfinite(window)
-    if valid.all():
-        total, share = _gather(window, *grid), np.outer(weights_y.sum(axis=1), weights_x.sum(axis=1))
-    else:
-        total, share = _gather(np.where(valid, window, 0), *grid), _gather(valid.astype(np.float32), *grid)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(share > 0.5, total / share, np.nan).astype(np.float32)
+    if abs(side - size) < _SAME_SIDE:
+        return _shift(planes, center, size)
+    step = side / size
+    reach = max(step, 1.0)
+    x, y = (middle + (np.arange(size) - (size - 1) / 2) * step for middle in center)
+    window, (x, y), complete = _window(planes, x, y, reach)
+    across, along = (_matrix(where, reach, length) for where, length in ((x, window.shape[-1]), (y, window.shape[-2])))
 
+    def weigh(values: NDArray[np.float32]) -> NDArray[np.float32]:
+        return _separable(values, along, across)
+
+    return _mean(window, weigh, complete=complete)
+
+
+def resample_at(
+    planes: NDArray[np.floating[Any]],
+    x: NDArray[np.floating[Any]],
+    y: NDArray[np.floating[Any]],
+    *,
+    step: float,
+) -> NDArray[np.float32]:
+    """Return `planes` at any positions: a rotated, sheared or shifted grid.
+
+    The kernel is that of `resample`, its axes those of the input; for a grid along those axes the two agree. Steps over
+    8 pixels are taken in two: `resample`'s kernel makes a grid of about a fifth of a step, and a triangle over 5 of its
+    pixels reads the positions off that; the second moment of both together is the one triangle's. A wave of 3 output
+    pixels then differs by at most 0.012 of its amplitude, one of 8 by 0.002 (measured, steps of 8 to 30).
+
+    Parameters
+    ----------
+    planes : ndarray, shape (..., y, x)
+        NaN = no data.
+    x, y : ndarray, shape (size, size)
+        Position of each output pixel in `planes`, 0-based pixels. They may lie off the frame; NaN = nowhere.
+    step : float
+        Input pixels from one output pixel to the next, > 0.
+
+    Returns
+    -------
+    ndarray, shape (..., size, size), float32
+        NaN where less than half of the kernel's weight lies on pixels with data.
+    """
+    reach = max(step, 1.0)
+    if step <= _LONGEST_STEP:
+        window, (at_x, at_y), complete = _window(planes, x, y, reach)
+        return _mean(window, lambda values: _gather(values, at_x, at_y, reach), complete=complete)
+    coarse = reach / math.hypot(_COARSE_REACH, 1)  # a triangle's variance is reach^2 / 6, and variances add
+    window, (at_x, at_y), complete = _window(planes, x, y, coarse * (_COARSE_REACH + 1))
+    along, across = (
+        _matrix(np.arange(-1, np.ceil(length / coarse) + 1) * coarse, coarse, length) for length in window.shape[-2:]
+    )
+
+    def weigh(values: NDArray[np.float32]) -> NDArray[np.float32]:
+        return _gather(_separable(values, along, across), at_x / coarse + 1, at_y / coarse + 1, _COARSE_REACH)
+
+    return _mean(window, weigh, complete=complete)
+
+
+_SAME_SIDE: Final = 1e-9  # pixels: an angle divided by the pixel's, not quite a whole number
+_LONGEST_STEP: Final = 8
+_COARSE_REACH: Final = 5  # a whole number, so that sampling the triangle shifts nothing
 
 _Taps = tuple[NDArray[np.intp], NDArray[np.float32]]
+_Weigh = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
-def _kernel(length: int, center: float, step: float, size: int) -> _Taps:
-    """Return input pixels (size, tap) and weights (size, tap); a row sums to 1 where none of it lies off the frame."""
-    reach = max(step, 1.0)
-    positions = center + (np.arange(size) - (size - 1) / 2) * step
-    pixels = np.ceil(positions - reach)[:, None] + np.arange(int(np.ceil(2 * reach)) + 1)
-    weights = np.clip(1 - np.abs(pixels - positions[:, None]) / reach, 0, None)
-    weights /= weights.sum(axis=1, keepdims=True)
-    inside = (pixels >= 0) & (pixels < length)
-    clipped = np.clip(pixels, 0, length - 1).astype(np.intp)
-    return clipped, np.where(inside, weights, 0).astype(np.float32)
+def _mean(window: NDArray[np.float32], weigh: _Weigh, *, complete: bool) -> NDArray[np.float32]:
+    """Return the weighted mean over pixels with data; `complete` says that the frame cuts no weight off."""
+    if not complete:
+        return _mean_of_valid(window, weigh)
+    with np.errstate(invalid="ignore", over="ignore"):
+        out = weigh(window)
+    holed = ~np.isfinite(out).all(axis=(-2, -1))
+    if holed.any():
+        out[holed] = _mean_of_valid(window[holed], weigh)
+    return out
+
+
+def _mean_of_valid(window: NDArray[np.float32], weigh: _Weigh) -> NDArray[np.float32]:
+    valid = np.isfinite(window)
+    total, share = weigh(np.where(valid, window, np.float32(0))), weigh(valid.astype(np.float32))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(share > 0.5, total / share, np.float32(np.nan))
+
+
+def _shift(planes: NDArray[np.floating[Any]], center: tuple[float, float], size: int) -> NDArray[np.float32]:
+    """Return `resample` at a step of 1: two taps an axis, the same for every pixel."""
+    corner = [middle - (size - 1) / 2 for middle in center[::-1]]
+    first = [int(np.floor(position)) for position in corner]
+    down, right = (np.float32(position - pixel) for position, pixel in zip(corner, first, strict=True))
+    window = _padded(planes, first, size + 1)
+
+    def weigh(values: NDArray[np.float32]) -> NDArray[np.float32]:
+        rows = values[..., :-1, :]
+        if down:
+            rows = rows * (1 - down)
+            rows += values[..., 1:, :] * down
+        out = rows[..., :-1] * (1 - right)
+        if right:
+            out += rows[..., 1:] * right
+        return out
+
+    with np.errstate(invalid="ignore", over="ignore"):
+        out = weigh(window)
+    for plane in np.ndindex(out.shape[:-2]):
+        known = np.isfinite(out[plane])
+        if not known.all():  # again, around the pixels without data only
+            rows, columns = (np.flatnonzero(~known.all(axis=axis)) for axis in (1, 0))
+            top, bottom, left, right_end = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+            holed = window[plane][top : bottom + 1, left : right_end + 1]
+            out[plane][top:bottom, left:right_end] = _mean_of_valid(holed, weigh)
+    return out
+
+
+def _padded(planes: NDArray[np.floating[Any]], first: Sequence[int], side: int) -> NDArray[np.float32]:
+    """Return a square of `planes` from (y, x) pixel `first` on, NaN beyond the frame."""
+    spans = [(max(start, 0), min(start + side, length)) for start, length in zip(first, planes.shape[-2:], strict=True)]
+    rows, columns = (slice(low, max(low, high)) for low, high in spans)
+    window = np.asarray(planes[..., rows, columns], dtype=np.float32)
+    if window.shape[-2:] == (side, side):
+        return window
+    out = np.full((*planes.shape[:-2], side, side), np.nan, np.float32)
+    height, width = window.shape[-2:]
+    if height and width:
+        top, left = (low - start for (low, _), start in zip(spans, first, strict=True))
+        out[..., top : top + height, left : left + width] = window
+    return out
+
+
+def _window(
+    planes: NDArray[np.floating[Any]],
+    x: NDArray[np.floating[Any]],
+    y: NDArray[np.floating[Any]],
+    reach: float,
+) -> tuple[NDArray[np.float32], tuple[NDArray[np.float64], NDArray[np.float64]], bool]:
+    """Return the part of `planes` within `reach`, the positions in it, and whether nothing is cut off by the frame."""
+    spans, moved, complete = [], [], True
+    for where, length in ((x, planes.shape[-1]), (y, planes.shape[-2])):
+        # Nothing beyond the frame counts, and a position that is not known counts as there.
+        near = np.clip(np.nan_to_num(where.astype(np.float64), nan=-np.inf), -2 - reach, length + 1 + reach)
+        low, high = float(near.min()) - reach, float(near.max()) + reach
+        start = min(max(int(np.ceil(low)), 0), length - 1)
+        stop = max(min(int(np.ceil(high)), length), start + 1)
+        complete &= low >= -1 and high <= length
+        spans.append(slice(start, stop))
+        moved.append(near - start)
+    return np.asarray(planes[..., spans[1], spans[0]], dtype=np.float32), (moved[0], moved[1]), complete
+
+
+def _kernel(positions: NDArray[np.float64], reach: float, length: int) -> _Taps:
+    """Return pixels and weights (tap, ...); weights sum to 1 over the taps where none of them lies off the frame."""
+    taps = np.arange(int(np.ceil(2 * reach))).reshape(-1, *(1,) * positions.ndim)
+    pixels = np.floor(positions - reach) + 1 + taps
+    weights = np.clip(1 - np.abs(pixels - positions) / reach, 0, None)
+    weights /= weights.sum(axis=0)
+    weights[(pixels < 0) | (pixels >= length)] = 0
+    return np.clip(pixels, 0, length - 1).astype(np.intp), weights.astype(np.float32)
+
+
+def _matrix(positions: NDArray[np.float64], reach: float, length: int) -> csr_array:
+    """Return the kernel as a sparse matrix (size, length): no BLAS, whose threads would wake in every worker."""
+    pixels, weights = (array.T for array in _kernel(positions, reach, length))
+    used = weights > 0
+    starts = np.concatenate([[0], np.cumsum(used.sum(axis=1))])
+    return csr_array((weights[used], pixels[used], starts), shape=(len(positions), length))
+
+
+def _separable(planes: NDArray[np.float32], along: csr_array, across: csr_array) -> NDArray[np.float32]:
+    """Return `along` @ plane @ `across`.T for each plane."""
+    out = np.empty((*planes.shape[:-2], along.shape[0], across.shape[0]), np.float32)
+    for plane in np.ndindex(planes.shape[:-2]):
+        out[plane] = (across @ np.ascontiguousarray((along @ np.ascontiguousarray(planes[plane])).T)).T
+    return out
 
 
 def _gather(
-    window: NDArray[np.float32],
-    at_y: NDArray[np.intp],
-    weights_y: NDArray[np.float32],
-    at_x: NDArray[np.intp],
-    weights_x: NDArray[np.float32],
+    planes: NDArray[np.float32], x: NDArray[np.float64], y: NDArray[np.float64], reach: float
 ) -> NDArray[np.float32]:
-    """Return the separable weighted sum. Taps are few, and a matrix product would wake BLAS threads in every worker."""
-    rows = np.zeros((len(at_y), window.shape[1]), np.float32)
-    for tap in range(at_y.shape[1]):
-        rows += weights_y[:, tap, None] * window[at_y[:, tap]]
-    out = np.zeros((len(at_y), len(at_x)), np.float32)
-    for tap in range(at_x.shape[1]):
-        out += weights_x[:, tap] * rows[:, at_x[:, tap]]
+    """Return the weighted sums around positions (size, size), one pair of taps after the other."""
+    height, width = planes.shape[-2:]
+    (at_x, weights_x), (at_y, weights_y) = _kernel(x, reach, width), _kernel(y, reach, height)
+    flat = planes.reshape(*planes.shape[:-2], height * width)
+    out = np.zeros((*planes.shape[:-2], *x.shape), np.float32)
+    for row, weight_y in zip(at_y * width, weights_y, strict=True):
+        part = np.zeros_like(out)
+        for column, weight_x in zip(at_x, weights_x, strict=True):
+            part += weight_x * flat.take(row + column, axis=-1)
+        out += weight_y * part
     return out
 
 
@@ -125,7 +282,7 @@ def coverage(flux: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     -------
     ndarray, shape (band,), float64
     """
-    return np.asarray(np.isfinite(flux).mean(axis=(1, 2)))
+    return np.array([np.count_nonzero(np.isfinite(plane)) / plane.size for plane in flux])
 
 
 def require_coverage(flux: NDArray[np.floating[Any]], bands: tuple[str, ...], minimum: float) -> float:
