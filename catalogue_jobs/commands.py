@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import click
 
+from galembed.options import COLUMNS, parse_bands, parse_pairs, recognised, source_options
+
 
 @click.command()
-@click.argument("source", type=click.Path())
+@source_options
 @click.option("--store", required=True, type=click.Path(), help="Directory of the store; made if absent.")
-@click.option(
-    "--catalogue",
-    type=click.Path(),
-    help="Table of the sources: needed for bricks, adds columns to a folder.",
-)
-@click.option(
-    "--backbone",
-    default="builtin",
-    type=click.Path(),
-    help="Directory of a backbone.  [default: the built-in]",
-)
 @click.option("--runtime", default="auto", type=click.Choice(["auto", "onnxruntime", "torch"]), show_default=True)
 @click.option("--scheduler", help="Address of a Dask scheduler (tcp://...); local processes without it.")
 @click.option("--workers", type=click.IntRange(min=1), help="Local processes.  [default: one per core]")
@@ -29,22 +20,7 @@ import click
     show_default=True,
     help="Images per call of the engine.",
 )
-@click.option("--crop", type=float, help="Centre fraction kept of an image whose source has no size.")
-@click.option("--bands", multiple=True, metavar="ROLE=BAND", help="Band for a role, as in blue=g; repeatable.")
-@click.option(
-    "--min-coverage",
-    default=0.0,
-    type=float,
-    show_default=True,
-    help="A source with less data in any band is a failure.",
-)
 @click.option("--carry", multiple=True, metavar="COLUMN", help="Catalogue column to keep in the store; repeatable.")
-@click.option(
-    "--column",
-    multiple=True,
-    metavar="NAME=COLUMN",
-    help="Catalogue column for id, ra, dec or size; repeatable.",
-)
 @click.option("--retry-failed", is_flag=True, help="Try sources again that failed before.")
 @click.option("--max-failures", type=float, help="Stop when more than this fraction of the sources has failed.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
@@ -58,7 +34,9 @@ def embed(
     workers: int | None,
     batch: int,
     crop: float | None,
+    survey: str | None,
     bands: tuple[str, ...],
+    fov: str | None,
     min_coverage: float,
     carry: tuple[str, ...],
     column: tuple[str, ...],
@@ -68,9 +46,9 @@ def embed(
 ) -> None:
     """Embed every source of SOURCE into a store.
 
-    SOURCE is a folder of FITS cutouts, a folder of JPEG or PNG pictures, or a tree of Legacy Surveys
-    bricks, which needs a --catalogue. Sources that the store has already are left alone: run the same
-    command again to go on after a stop.
+    SOURCE is a folder (or fsspec URL) of FITS cutouts, of JPEG or PNG pictures, of Parquet files with an
+    image column, or a tree of survey tiles, which needs a --catalogue. Sources that the store has already
+    are left alone: run the same command again to go on after a stop.
     """
     from catalogue_jobs import run
     from galembed.backbones import BUILTIN, load_backbone
@@ -81,11 +59,14 @@ def embed(
         source,
         catalogue=catalogue,
         crop=crop,
-        bands=_pairs(bands, "--bands", ("blue", "green", "red")) or None,
+        survey=survey,
+        bands=parse_bands(bands),
+        fov=fov,
         min_coverage=min_coverage,
         carry=carry,
-        columns=_pairs(column, "--column", ("id", "ra", "dec", "size")),
+        columns=parse_pairs(column, "--column", COLUMNS),
     )
+    click.echo(recognised(reader), err=True)
     if backbone == BUILTIN:
         click.echo(f"built-in backbone {chosen.name} (embedding_id {chosen.embedding_id[:12]})", err=True)
     try:
@@ -107,14 +88,3 @@ def embed(
     click.echo(str(report))
     if report.planned and not report.embedded:
         raise SystemExit(1)
-
-
-def _pairs(options: tuple[str, ...], name: str, allowed: tuple[str, ...]) -> dict[str, str]:
-    """Return ``KEY=VALUE`` options as a mapping."""
-    pairs = dict(option.partition("=")[::2] for option in options)
-    for key, value in pairs.items():
-        if key not in allowed or not value:
-            raise click.BadParameter(
-                f"{key}={value}: write one of {', '.join(allowed)}, an = sign and a name", param_hint=name
-            )
-    return pairs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -24,6 +24,8 @@ BATCH: Final = 32
 
 _READING: Final = ("unreadable", "missing_band", "unknown_unit", "unexpected", "not_found", "mismatch")
 _LONGEST_MESSAGE: Final = 600
+_STRINGS: Final = pa.list_(pa.string())
+_NO_PIXELS: Final = np.empty((3, 0, 0), np.float32)
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,14 @@ class Outcome:
     embeddings, failures : pa.Table
         In the store's schemas.
     timings : Timings
+    tiles_opened : int
+        Survey tiles opened for it, as far as the reader tells.
     """
 
     embeddings: pa.Table
     failures: pa.Table
     timings: Timings
+    tiles_opened: int = 0
 
 
 class UnexpectedError(GalembedError):
@@ -83,7 +88,7 @@ class _Collected:
     """Vectors of the rows that worked, and reasons of those that did not."""
 
     rows: list[int] = field(default_factory=list)
-    cutouts: list[tuple[float, float | None, float | None, float | None]] = field(default_factory=list)
+    cutouts: list[Cutout] = field(default_factory=list)
     vectors: list[Embedded] = field(default_factory=list)
     failures: list[tuple[int, str, GalembedError]] = field(default_factory=list)
 
@@ -116,6 +121,7 @@ def embed_partition(
     """
     collected = _Collected()
     read = cut = infer = 0.0
+    tiles_opened = 0
     waiting: list[tuple[int, Cutout]] = []
 
     def flush() -> None:
@@ -136,7 +142,8 @@ def embed_partition(
         if isinstance(outcome, GalembedError):
             collected.failures.append((number, "read" if outcome.reason in _READING else "cut", outcome))
             continue
-        read += float(getattr(outcome, "read_seconds", 0.0))
+        read += outcome.read_seconds
+        tiles_opened += outcome.tiles_opened
         waiting.append((number, outcome))
         if len(waiting) >= batch:
             flush()
@@ -146,6 +153,7 @@ def embed_partition(
         _embeddings(rows, collected, schema, reader.kind, runtime.engine, partition),
         failure_rows(rows, collected.failures, partition),
         Timings(read=min(read, cut), cut=max(cut - read, 0.0), infer=infer),
+        tiles_opened,
     )
 
 
@@ -244,7 +252,7 @@ def _infer(batch: list[tuple[int, Cutout]], runtime: Runtime, kind: str, collect
     for at in np.flatnonzero(good):
         number, cutout = batch[at]
         collected.rows.append(number)
-        collected.cutouts.append((cutout.coverage, cutout.fov_arcsec, cutout.ra, cutout.dec))
+        collected.cutouts.append(replace(cutout, pixels=_NO_PIXELS))
 
 
 def _embeddings(
@@ -265,8 +273,10 @@ def _embeddings(
         "_healpix_29": healpix,
         "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1]),
         "norm": np.concatenate([result.norms for result in collected.vectors]),
-        "coverage": np.array([coverage for coverage, _, _, _ in collected.cutouts], np.float32),
-        "fov": pa.array([fov for _, fov, _, _ in collected.cutouts], pa.float32()),
+        "coverage": np.array([cutout.coverage for cutout in collected.cutouts], np.float32),
+        "fov": pa.array([cutout.fov_arcsec for cutout in collected.cutouts], pa.float32()),
+        "flags": [cutout.flags for cutout in collected.cutouts],
+        "neighbours": pa.array([list(cutout.neighbours) or None for cutout in collected.cutouts], _STRINGS),
         "input_kind": [kind] * count,
         "engine": [engine] * count,
         "partition": [partition] * count,
@@ -279,7 +289,7 @@ def _positions(taken: pa.Table, collected: _Collected) -> tuple[pa.Array, pa.Arr
     """Return ra, dec and HEALPix index: the source list's, else the cutout's, else null."""
     listed = zip(taken["ra"].to_pylist(), taken["dec"].to_pylist(), strict=True)
     pairs = [
-        (ra, dec) if ra is not None and dec is not None else (cutout[2], cutout[3])
+        (ra, dec) if ra is not None and dec is not None else (cutout.ra, cutout.dec)
         for (ra, dec), cutout in zip(listed, collected.cutouts, strict=True)
     ]
     ra, dec = (np.array([pair[at] for pair in pairs], np.float64) for at in (0, 1))

@@ -32,6 +32,10 @@ _TREE_BITS: Final = 62
 
 _SHARED_CELL: Final = -1
 
+_ROW_OF_A_TABLE: Final = r"#(?P<row>\d+)$"
+_ROW_SHIFT: Final = 30
+"""Row numbers fill the upper bits of the tree, since it is cut from the top."""
+
 
 @dataclass(frozen=True)
 class Partition:
@@ -142,7 +146,11 @@ def partitions(table: pa.Table, rows_per_partition: int = ROWS_PER_PARTITION) ->
     lines = joined(key, pc.fill_null(table["source_version"], "").combine_chunks())
     found = []
     for group in np.split(order, edges):
-        label = "" if tile[group[0]] == _SHARED_CELL else _tile_label(table["source_uri"][int(group[0])].as_py())
+        label = (
+            ""
+            if tile[group[0]] == _SHARED_CELL
+            else _tile_label(_files(table["source_uri"].slice(int(group[0]), 1))[0].as_py())
+        )
         kind = "hp" if positioned[group[0]] else "h"
         for cell, rows in _leaves(group, index[group], key, rows_per_partition, kind):
             place = "-".join(part for part in (label, cell) if part)
@@ -180,12 +188,20 @@ def halves(table: pa.Table, part: Partition) -> list[Partition]:
 
 
 def _tiles(uris: pa.ChunkedArray, many: int) -> NDArray[np.int64]:
-    """Return a code for each tile of at least `many` sources, and `_SHARED_CELL` for the other rows."""
-    codes = pc.fill_null(joined(uris).dictionary_encode().indices, -1).to_numpy(zero_copy_only=False)
+    """Return a code for each tile or table of at least `many` sources, and `_SHARED_CELL` for the other rows."""
+    codes = pc.fill_null(_files(uris).dictionary_encode().indices, -1).to_numpy(zero_copy_only=False)
     codes = codes.astype(np.int64)
     known = codes >= 0
     counts = np.bincount(codes[known], minlength=1)
     return np.where(known & (counts[codes] >= many), codes, _SHARED_CELL)
+
+
+def _files(uris: pa.ChunkedArray) -> pa.Array:
+    """Return uris without the row number of a table's (``shard.parquet#12``)."""
+    whole = joined(uris)
+    if not pc.any(pc.match_substring(whole, "#")).as_py():
+        return whole
+    return pc.replace_substring_regex(whole, _ROW_OF_A_TABLE, "")
 
 
 def _tree_index(table: pa.Table, key: pa.Array) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
@@ -195,6 +211,14 @@ def _tree_index(table: pa.Table, key: pa.Array) -> tuple[NDArray[np.bool_], NDAr
     index = np.empty(len(table), np.int64)
     index[positioned] = healpix_index(ra[positioned], dec[positioned], HEALPIX_ORDER)
     index[~positioned] = _hashes(key.filter(pa.array(~positioned)))
+    uris = joined(table["source_uri"])
+    if pc.any(pc.match_substring(uris, "#")).as_py():
+        # Rows of a table are read by row group, so they stay in its order whatever their place on the sky.
+        rows = pc.extract_regex(uris, _ROW_OF_A_TABLE)
+        of_table = pc.is_valid(rows).to_numpy(zero_copy_only=False)
+        numbers = pc.struct_field(rows.filter(pa.array(of_table)), "row").cast(pa.int64()).to_numpy()
+        index[of_table] = numbers << _ROW_SHIFT
+        positioned[of_table] = False
     return positioned, index
 
 

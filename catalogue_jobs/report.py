@@ -31,6 +31,8 @@ class JobReport:
         Embedded sources whose file has changed since.
     seconds : Timings
         Summed over workers.
+    tiles, tiles_opened : int
+        Survey tiles with sources of this run, and how often one was opened; 0 where each source has files of its own.
     wall_seconds : float
     engine : str
         Runtime and digest; empty where there was nothing to do.
@@ -47,6 +49,8 @@ class JobReport:
     examples: Mapping[str, str] = field(default_factory=dict)
     changed: int = 0
     seconds: Timings = field(default_factory=Timings)
+    tiles: int = 0
+    tiles_opened: int = 0
     wall_seconds: float = 0.0
     engine: str = ""
     workers: int = 0
@@ -76,6 +80,7 @@ class JobReport:
             ]
         spent = self.seconds
         before = self.already_embedded + self.already_failed
+        tiles = f"{self.tiles:,} tile(s), each opened {self.tiles_opened / max(self.tiles, 1):.2f} times"
         return [
             f"embedded {self.embedded:,} of {self.planned:,} sources into {self.store}"
             + (f" ({before:,} of {self.listed:,} were done before)" if before else ""),
@@ -83,6 +88,7 @@ class JobReport:
             f"{self.engine}",
             f"time in workers: read {spent.read:.1f} s, cut {spent.cut:.1f} s, infer {spent.infer:.1f} s, "
             f"write {spent.write:.1f} s",
+            *([tiles] if self.tiles else []),
         ]
 
     def _failures(self) -> list[str]:

@@ -108,6 +108,7 @@ class Result:
     finished: Finished
     embedded: int
     timings: Timings
+    tiles_opened: int = 0
 
 
 def embed(
@@ -316,7 +317,8 @@ def embed_task(work: Work, partition: str, rows: pa.Table) -> Result:
     start = time.perf_counter()
     fragments = write_fragments(work.store, outcome.embeddings)
     timings = outcome.timings + Timings(write=time.perf_counter() - start)
-    return Result(Finished(partition, tuple(fragments), outcome.failures), len(outcome.embeddings), timings)
+    finished = Finished(partition, tuple(fragments), outcome.failures)
+    return Result(finished, len(outcome.embeddings), timings, outcome.tiles_opened)
 
 
 @dataclass
@@ -335,6 +337,7 @@ class _Job:
     failed: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
     seconds: Timings = field(default_factory=Timings)
+    tiles_opened: int = 0
 
     def __post_init__(self) -> None:
         self._waiting: list[Finished] = []
@@ -402,6 +405,7 @@ class _Job:
         self.count(failures)
         self._bad += len(failures)
         self.seconds += result.timings
+        self.tiles_opened += result.tiles_opened
         self._rows += result.embedded + len(failures)
         self._taken += result.embedded + len(failures)
         rate = self.embedded / max(time.monotonic() - self._first, 1e-3)
@@ -426,6 +430,8 @@ class _Job:
             failed=dict(self.failed.most_common()),
             examples=self.examples,
             seconds=self.seconds,
+            tiles=len(self.todo.table["source_uri"].unique()) if self.tiles_opened else 0,
+            tiles_opened=self.tiles_opened,
             engine=self.engine,
             workers=self.workers,
         )
@@ -573,6 +579,8 @@ def _schema(backbone: Backbone, source: SourceReader, listed: pa.Schema, numeric
         crop=source.crop,
         head_id=backbone.head_id,
         source=source.root,
+        survey=source.survey,
+        fov=source.fov,
     )
     return embeddings_schema(backbone.dim, carried=carried, answers=backbone.answers, contract=contract)
 

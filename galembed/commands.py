@@ -1,4 +1,4 @@
-"""Commands on a store: index, search, probe, status. Heavy imports are inside."""
+"""Commands on sources and stores: surveys, look, index, search, probe, status. Heavy imports are inside."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from galembed.options import COLUMNS, parse_bands, parse_pairs, recognised, source_options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,6 +18,71 @@ if TYPE_CHECKING:
     from galembed.store import Store
 
 _FILE = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("name", required=False)
+def surveys(name: str | None) -> None:
+    """List the surveys that are known; with NAME, every fact of one, and where it was read.
+
+    NAME may also be the path of a description (YAML or TOML).
+    """
+    from galembed.survey_pages import survey_text, surveys_text
+
+    click.echo(surveys_text() if name is None else survey_text(name))
+
+
+@click.command()
+@source_options
+@click.option("-n", "count", type=click.IntRange(1, 200), default=24, show_default=True, help="Sources to draw.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the sample.")
+@click.option("--mapping", help="Draw flux with another named mapping than the backbone's.")
+@click.option("--out", type=_FILE, required=True, help="Write the pictures: .png or .pdf.")
+def look(
+    source: str,
+    catalogue: str | None,
+    backbone: str,
+    crop: float | None,
+    survey: str | None,
+    bands: tuple[str, ...],
+    fov: str | None,
+    min_coverage: float,
+    column: tuple[str, ...],
+    count: int,
+    seed: int,
+    mapping: str | None,
+    out: Path,
+) -> None:
+    """Draw a sample of SOURCE as the backbone will see it, and say what was recognised.
+
+    SOURCE and its options are those of `galembed embed`; nothing is embedded. The first thing to run on
+    files of a survey.
+    """
+    from galembed.backbones import load_backbone
+    from galembed.looks import look as look_at
+    from galembed.looks import look_figure, look_text
+    from galembed.mappings import named_mapping
+    from galembed.pictures import save_figure
+    from galembed.sources import open_source
+
+    contract = load_backbone(backbone).contract
+    drawn = named_mapping(mapping) if mapping else contract.mapping
+    reader = open_source(
+        source,
+        catalogue=catalogue,
+        crop=crop,
+        survey=survey,
+        bands=parse_bands(bands),
+        fov=fov,
+        min_coverage=min_coverage,
+        columns=parse_pairs(column, "--column", COLUMNS),
+    )
+    click.echo(recognised(reader))
+    seen = look_at(reader, contract, count=count, seed=seed)
+    click.echo(look_text(seen))
+    save_figure(look_figure(seen, drawn), out)
+    how = f"by {drawn.name}" if reader.kind == "flux" else "as they are"
+    click.echo(f"drawn      {contract.size} x {contract.size} pixels each, {how}, in {out}")
 
 
 @click.command()

@@ -16,7 +16,7 @@ from galembed import sources
 from galembed.backbones import load_backbone
 from galembed.cutouts import Cutout
 from galembed.errors import BadRequest, GalembedError
-from galembed.mappings import LEGACY_DR2, LuptonMapping
+from galembed.mappings import LEGACY_DR2, FluxMapping, named_mapping
 from galembed.store import Store, open_store
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ PIXELS: Final = 128
 """Side of a picture in a mosaic."""
 
 _INCHES = 1.6
-_PICTURE_COLUMNS = ("survey", "source_id", "source_uri", "ra", "dec", "fov", "input_kind")
+_PICTURE_COLUMNS = ("survey", "source_id", "source_uri", "ra", "dec", "fov", "neighbours", "input_kind")
 
 Picture = NDArray[Any] | str
 """An image, shape (y, x, 3), row 0 at the bottom, uint8 or floats in [0, 1]; or why there is none."""
@@ -57,7 +57,7 @@ def mosaic(images: Sequence[Picture], titles: Sequence[str], *, columns: int = 6
     return figure
 
 
-def hits_figure(hits: Hits, *, columns: Sequence[str] = ()) -> Figure:
+def hits_figure(hits: Hits, *, columns: Sequence[str] = (), mapping: str | None = None) -> Figure:
     """Return a mosaic of hits, after the sources they were asked for (framed).
 
     Parameters
@@ -65,22 +65,25 @@ def hits_figure(hits: Hits, *, columns: Sequence[str] = ()) -> Figure:
     hits : Hits
     columns : sequence of str
         Columns of `hits` to write under each similarity.
+    mapping : str, optional
+        One of `galembed.mappings.MAPPINGS` to draw flux with; the backbone's own unless given. Display images are
+        drawn as they are.
 
     Raises
     ------
     BadRequest
-        If one of `columns` is not in `hits`.
+        If one of `columns` is not in `hits`, or there is no such mapping.
     ArtifactNotFound
         If the store has gone.
     """
-    asked, titles = _pictures_of_query(hits), _titles(hits, columns)
-    figure = mosaic([*asked, *_pictures_of_hits(hits)], ["query"] * len(asked) + titles)
+    asked, titles = _pictures_of_query(hits, mapping), _titles(hits, columns)
+    figure = mosaic([*asked, *_pictures_of_hits(hits, mapping)], ["query"] * len(asked) + titles)
     for axis in figure.axes[: len(asked)]:
         _frame(axis)
     return figure
 
 
-def neighbours_figure(searches: Sequence[Hits], *, columns: Sequence[str] = ()) -> Figure:
+def neighbours_figure(searches: Sequence[Hits], *, columns: Sequence[str] = (), mapping: str | None = None) -> Figure:
     """Return a figure with one row for each search: the query (framed), then what looks like it.
 
     Parameters
@@ -89,6 +92,8 @@ def neighbours_figure(searches: Sequence[Hits], *, columns: Sequence[str] = ()) 
         At least one.
     columns : sequence of str
         Columns to write under each similarity.
+    mapping : str, optional
+        As for `hits_figure`.
     """
     if not searches:
         raise BadRequest("no search to draw; give at least one Hits table")
@@ -96,11 +101,11 @@ def neighbours_figure(searches: Sequence[Hits], *, columns: Sequence[str] = ()) 
     figure, axes = _grid(len(searches), width)
     for row, hits in enumerate(searches):
         line = axes[row * width : (row + 1) * width]
-        queries = _pictures_of_query(hits)[:1] or ["a vector"]
+        queries = _pictures_of_query(hits, mapping)[:1] or ["a vector"]
         key = hits.meta["query"][0].partition(":")[2] if hits.meta.get("query") else ""
         _draw(line[0], queries[0], _shortened(key) or "query")
         _frame(line[0])
-        for axis, image, title in zip(line[1:], _pictures_of_hits(hits), _titles(hits, columns), strict=False):
+        for axis, image, title in zip(line[1:], _pictures_of_hits(hits, mapping), _titles(hits, columns), strict=False):
             _draw(axis, image, title)
         for axis in line[1 + len(hits) :]:
             axis.remove()
@@ -140,13 +145,15 @@ def save_figure(figure: Figure, file: str | Path) -> None:
         raise BadRequest(f"the picture cannot be written to {file}: {str(error).splitlines()[0]}") from error
 
 
-def rgb(pixels: NDArray[Any], mapping: LuptonMapping = LEGACY_DR2) -> NDArray[Any]:
+def rgb(pixels: NDArray[Any], mapping: FluxMapping = LEGACY_DR2) -> NDArray[Any]:
     """Return a cutout's pixels as a colour image.
 
     Parameters
     ----------
     pixels : ndarray, shape (3, y, x)
         As in `galembed.cutouts.Cutout`: float32 flux or uint8 display.
+    mapping : FluxMapping
+        For flux; `galembed.mappings.named_mapping` gives one by its name.
 
     Returns
     -------
@@ -157,14 +164,14 @@ def rgb(pixels: NDArray[Any], mapping: LuptonMapping = LEGACY_DR2) -> NDArray[An
     return np.moveaxis(np.asarray(channels), 0, -1)
 
 
-def _pictures_of_query(hits: Hits) -> list[Picture]:
+def _pictures_of_query(hits: Hits, mapping: str | None) -> list[Picture]:
     keys = [(survey, source_id) for survey, _, source_id in (key.partition(":") for key in hits.meta.get("query", []))]
-    return _pictures(_store_of(hits), keys) if keys else []
+    return _pictures(_store_of(hits), keys, mapping) if keys else []
 
 
-def _pictures_of_hits(hits: Hits) -> list[Picture]:
+def _pictures_of_hits(hits: Hits, mapping: str | None) -> list[Picture]:
     keys = list(zip(map(str, hits["survey"]), map(str, hits["source_id"]), strict=True))
-    return _pictures(_store_of(hits), keys)
+    return _pictures(_store_of(hits), keys, mapping)
 
 
 def _store_of(hits: Hits) -> Store:
@@ -173,9 +180,9 @@ def _store_of(hits: Hits) -> Store:
     return open_store(hits.meta["store"])
 
 
-def _pictures(store: Store, keys: list[tuple[str, str]]) -> list[Picture]:
+def _pictures(store: Store, keys: list[tuple[str, str]], name: str | None) -> list[Picture]:
+    mapping = named_mapping(name) if name else _mapping(store)
     rows = store.rows(keys, _PICTURE_COLUMNS)
-    mapping = _mapping(store)
     found = {
         (survey, source_id): _picture(cut, mapping)
         for survey, source_id, cut in zip(
@@ -188,11 +195,11 @@ def _pictures(store: Store, keys: list[tuple[str, str]]) -> list[Picture]:
     return [found.get(key, "no longer in the store") for key in keys]
 
 
-def _picture(cut: Cutout | GalembedError, mapping: LuptonMapping) -> Picture:
+def _picture(cut: Cutout | GalembedError, mapping: FluxMapping) -> Picture:
     return str(cut) if isinstance(cut, GalembedError) else rgb(cut.pixels, mapping)
 
 
-def _mapping(store: Store) -> LuptonMapping:
+def _mapping(store: Store) -> FluxMapping:
     """Return the backbone's own mapping; the Legacy Surveys' if the backbone cannot be read any more."""
     try:
         return load_backbone(store.contract.backbone).contract.mapping

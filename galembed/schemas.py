@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from galembed.errors import ArtifactMismatch, SchemaMismatch
 
-STORE_FORMAT: Final = 1
+STORE_FORMAT: Final = 2
 """Version of the store's layout, written into every store."""
 
 _METADATA_KEY: Final = b"galembed"
@@ -29,6 +29,12 @@ _RA = _field("ra", pa.float64(), "ICRS right ascension, 0 <= ra < 360; null with
 _DEC = _field("dec", pa.float64(), "ICRS declination; null without a WCS", unit="deg", nullable=True)
 _URI = _field("source_uri", pa.string(), "file, or tile, that holds the pixels; null if there is none", nullable=True)
 _VERSION = _field("source_version", pa.string(), "size and modification time of those files", nullable=True)
+_NEIGHBOURS = _field(
+    "neighbours",
+    pa.list_(pa.string()),
+    "other tiles that a cutout over the edge reaches into; mostly null",
+    nullable=True,
+)
 _PARTITION = _field("partition", pa.string(), "unit of work that wrote this row: cell and hash of its keys")
 
 SOURCES: Final = pa.schema(
@@ -44,8 +50,16 @@ SOURCES: Final = pa.schema(
             unit="arcsec",
             nullable=True,
         ),
+        _field(
+            "fov",
+            pa.float64(),
+            "side of the cutout where the user fixes it (--fov); null where the backbone's rule holds",
+            unit="arcsec",
+            nullable=True,
+        ),
         _URI,
         _VERSION,
+        _NEIGHBOURS,
     ]
 )
 """Source list: one row per object, carried catalogue columns after these."""
@@ -112,9 +126,13 @@ def embeddings_schema(
         _field("norm", pa.float32(), "length of the centred vector before normalising"),
         _field("coverage", pa.float32(), "smallest fraction of pixels with data over the bands; 0 to 1"),
         _field("fov", pa.float32(), "side of the cutout; null without a WCS", unit="arcsec", nullable=True),
+        _field(
+            "flags", pa.string(), "warnings about the picture: words of galembed.quality.FLAGS; empty if there is none"
+        ),
         _field("input_kind", pa.string(), "flux or display: the door this row came through"),
         _URI,
         _VERSION,
+        _NEIGHBOURS,
         _field("engine", pa.string(), "runtime and digest of the engine that made the vector"),
         _PARTITION,
         *carried,
@@ -161,6 +179,10 @@ class StoreContract:
         Identity of the question head; empty without one.
     source : str
         Path of the survey or folder, for pictures.
+    survey : str
+        Survey of the first rows: a name, or the path of its description.
+    fov : str
+        The user's field of view (``30`` arcsec, ``gz_decals``); empty for the backbone's own rule.
     """
 
     embedding_id: str
@@ -171,6 +193,8 @@ class StoreContract:
     crop: float = 1.0
     head_id: str = ""
     source: str = ""
+    survey: str = ""
+    fov: str = ""
     format: int = STORE_FORMAT
 
     def to_json(self) -> str:
@@ -212,6 +236,7 @@ class StoreContract:
             ("numeric_class", "numeric classes are not mixed"),
             ("bands", "all rows of a store use the same bands"),
             ("crop", "all rows of a store use the same centre crop"),
+            ("fov", "all rows of a store use the same field of view"),
         ):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:

@@ -48,3 +48,19 @@ def separation_arcsec(ra1: ArrayLike, dec1: ArrayLike, ra2: ArrayLike, dec2: Arr
     ra1, dec1, ra2, dec2 = (np.radians(np.asarray(angle, np.float64)) for angle in (ra1, dec1, ra2, dec2))
     half = np.sin((dec2 - dec1) / 2) ** 2 + np.cos(dec1) * np.cos(dec2) * np.sin((ra2 - ra1) / 2) ** 2
     return np.asarray(np.degrees(2 * np.arcsin(np.sqrt(np.clip(half, 0, 1)))) * 3600)
+
+
+def unit_vectors(ra: ArrayLike, dec: ArrayLike) -> NDArray[np.float64]:
+    """Return positions as vectors of length 1, for searches by chord.
+
+    Parameters
+    ----------
+    ra, dec : array_like, same shape
+        ICRS, deg.
+
+    Returns
+    -------
+    ndarray, shape (..., 3), float64
+    """
+    ra, dec = np.radians(np.asarray(ra, np.float64)), np.radians(np.asarray(dec, np.float64))
+    return np.stack([np.cos(dec) * np.cos(ra), np.cos(dec) * np.sin(ra), np.sin(dec)], axis=-1)

@@ -1,10 +1,10 @@
-"""What the two kinds of folder have in common: one file per source, found by its ending, matched to a catalogue."""
+"""What readers have in common when they list: ids, catalogue columns, and rows that cannot be sources."""
 
 from __future__ import annotations
 
-import datetime
-from collections.abc import Mapping
-from pathlib import Path
+import re
+from collections.abc import Mapping, Sequence
+from typing import Final
 
 import numpy as np
 import pyarrow as pa
@@ -12,61 +12,99 @@ import pyarrow.compute as pc
 
 from galembed.catalogues import duplicate_rows, read_catalogue
 from galembed.errors import BadRequest
+from galembed.files import file_version, relative
 from galembed.schemas import SOURCES
 from galembed.sources import SourceList
 
+GZ_DECALS_FOV: Final = "gz_decals"
+"""Name of the radius rule of Galaxy Zoo DECaLS: 424 px of max(min(0.04 R50, 0.02 R90), 0.1) arcsec, with the Petrosian
+radii in arcsec (Walmsley et al. 2022, MNRAS 509, 3966, section 2.2; zooniverse/decals)."""
 
-def find_files(root: Path, endings: tuple[str, ...]) -> list[Path]:
-    """Return the files under `root` with one of `endings`, in the order of their names; hidden ones are left out."""
-    return sorted(
-        path
-        for path in root.rglob("*")
-        if path.name.lower().endswith(endings) and not path.name.startswith(".") and path.is_file()
-    )
+_LARGEST_FOV_ARCSEC: Final = 3600.0
 
 
-def file_version(*paths: Path) -> str:
-    """Return size and modification time of files, as kept in `source_version`."""
-    stats = [path.stat() for path in paths]
-    newest = max(stat.st_mtime for stat in stats)
-    stamp = datetime.datetime.fromtimestamp(newest, datetime.UTC).strftime("%Y%m%dT%H%M%S.%f")
-    return f"{sum(stat.st_size for stat in stats)}-{stamp}"
-
-
-def list_folder(
-    root: Path,
+def list_places(
+    places: Mapping[str, Sequence[str]],
+    root: str,
     endings: tuple[str, ...],
     *,
     survey: str,
     catalogue: str | None,
     carry: tuple[str, ...],
     columns: Mapping[str, str],
+    fov: str = "",
 ) -> SourceList:
-    """Return one source per file; its id is the relative path without the ending.
+    """Return one source for each place; its id is the relative path without the ending.
+
+    Parameters
+    ----------
+    places : mapping of str to sequence of str
+        The files of each source, by uri.
+    root : str
+    endings : tuple of str
+        That ids lose.
+    fov : str
+        The user's field of view; see `fields_of_view`.
 
     Raises
     ------
     BadRequest
-        If there is a catalogue and none of its ids is a file here.
+        If there is a catalogue and none of its ids is here, or `fov` needs columns that are not there.
     """
-    files = find_files(root, endings)
-    ids = [_strip(path.relative_to(root).as_posix(), endings) for path in files]
+    count = len(places)
     table = pa.table(
         {
-            "survey": pa.array([survey] * len(files), pa.string()),
-            "source_id": pa.array(ids, pa.string()),
-            "ra": pa.nulls(len(files), pa.float64()),
-            "dec": pa.nulls(len(files), pa.float64()),
-            "size": pa.nulls(len(files), pa.float64()),
-            "source_uri": pa.array([str(path) for path in files], pa.string()),
-            "source_version": pa.array([file_version(path) for path in files], pa.string()),
+            "survey": pa.repeat(survey, count),
+            "source_id": pa.array([_strip(relative(uri, root), endings) for uri in places], pa.string()),
+            **{name: pa.nulls(count, pa.float64()) for name in ("ra", "dec", "size", "fov")},
+            "source_uri": pa.array(list(places), pa.string()),
+            "source_version": pa.array([file_version(*files) for files in places.values()], pa.string()),
+            "neighbours": pa.nulls(count, pa.list_(pa.string())),
         },
         schema=SOURCES,
     )
     table, rejected = split_duplicates(table)
     if catalogue is not None:
         table = _with_catalogue(table, read_catalogue(catalogue, columns=columns, carry=carry), str(catalogue))
+    if fov:
+        table = table.set_column(table.column_names.index("fov"), SOURCES.field("fov"), fields_of_view(fov, table))
+    if "r90" in table.column_names:
+        table = table.drop_columns("r90")
     return SourceList(table, rejected)
+
+
+def fields_of_view(rule: str, table: pa.Table) -> pa.Array:
+    """Return the side of each source's cutout in arcsec, null where the backbone's own rule holds.
+
+    Parameters
+    ----------
+    rule : str
+        Arcsec as text, `GZ_DECALS_FOV`, or empty for none.
+    table : pa.Table
+        With `size` (R50) and `r90` for the radius rule.
+
+    Raises
+    ------
+    BadRequest
+        If the rule is neither, or lacks its columns.
+    """
+    if not rule:
+        return pa.nulls(len(table), pa.float64())
+    if re.fullmatch(r"\d+(\.\d*)?", rule):
+        if not 0 < float(rule) <= _LARGEST_FOV_ARCSEC:
+            raise BadRequest(f"--fov {rule}: the side of a cutout lies between 0 and {_LARGEST_FOV_ARCSEC:.0f} arcsec")
+        return pa.repeat(float(rule), len(table))
+    if rule != GZ_DECALS_FOV:
+        raise BadRequest(f"--fov takes arcsec or {GZ_DECALS_FOV}, got {rule!r}")
+    lacking = [name for name in ("size", "r90") if name not in table.column_names]
+    if lacking:
+        raise BadRequest(
+            f"--fov {rule} needs the 50% and 90% light radii of a --catalogue; name the columns with "
+            + " ".join(f"--column {name}=COLUMN" for name in lacking)
+        )
+    r50, r90 = (table[name].to_numpy(zero_copy_only=False).astype(float) for name in ("size", "r90"))
+    side = 424 * np.maximum(np.minimum(0.04 * r50, 0.02 * r90), 0.1)
+    return pa.array(side, pa.float64(), mask=~np.isfinite(side))
 
 
 def split_duplicates(table: pa.Table) -> tuple[pa.Table, pa.Table]:
@@ -96,10 +134,38 @@ def reject(rows: pa.Table, reason: str, messages: list[str]) -> pa.Table:
     return rows
 
 
+def split_unusable(table: pa.Table, *, fixed: bool = False) -> tuple[pa.Table, pa.Table]:
+    """Part the rows without an id, a finite position or a possible size from the rest.
+
+    Parameters
+    ----------
+    table : pa.Table
+    fixed : bool
+        The user fixes the field of view, so that `fov` counts and not `size`.
+    """
+    ra, dec, size, fov = (
+        table[name].to_numpy(zero_copy_only=False).astype(float) for name in ("ra", "dec", "size", "fov")
+    )
+    # A size of 0 is a point source; a catalogue without any size leaves the field to the backbone.
+    impossible = ~np.isfinite(fov) if fixed else (size < 0) | (np.isnan(size) & np.isfinite(size).any())
+    nameless = pc.equal(pc.fill_null(table["source_id"], ""), "").to_numpy(zero_copy_only=False)
+    nowhere = ~nameless & (~np.isfinite(ra) | ~np.isfinite(dec) | (np.abs(np.nan_to_num(dec)) > 90))
+    sizeless = ~nameless & ~nowhere & impossible
+    parts = []
+    for mask, reason, text in (
+        (nameless, "bad_id", "a catalogue row has no id (ra {ra}, dec {dec})"),
+        (nowhere, "bad_position", "source {source_id} has no finite position (ra {ra}, dec {dec})"),
+        (sizeless, "bad_size", "source {source_id} has half-light radius {size} arcsec, which is no size"),
+    ):
+        rows = table.filter(mask).select(SOURCES.names)
+        parts.append(reject(rows, reason, [text.format(**row) for row in rows.to_pylist()]))
+    return table.filter(~(nameless | nowhere | sizeless)), pa.concat_tables(parts)
+
+
 def _strip(name: str, endings: tuple[str, ...]) -> str:
     lower = name.lower()
-    ending = max((ending for ending in endings if lower.endswith(ending)), key=len)
-    return name[: -len(ending)]
+    ending = max((ending for ending in endings if lower.endswith(ending)), key=len, default="")
+    return name.removesuffix(name[len(name) - len(ending) :]) if ending else name
 
 
 def _with_catalogue(table: pa.Table, catalogue: pa.Table, path: str) -> pa.Table:

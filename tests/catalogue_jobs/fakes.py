@@ -42,6 +42,8 @@ class FakeReader:
     kind: str = "flux"
     root: str = "/fake"
     crop: float = 0.5
+    survey: str = "fake"
+    fov: str = ""
     bands: Mapping[str, str] = field(default_factory=lambda: {"blue": "g", "green": "r", "red": "z"})
 
     def sources(self) -> SourceList:
@@ -99,8 +101,10 @@ def source_table(count: int, positions: bool = True, tiles: int = 0, first: int 
             "ra": pa.array(ra if positions else [None] * count, pa.float64()),
             "dec": pa.array(dec if positions else [None] * count, pa.float64()),
             "size": pa.nulls(count, pa.float64()),
+            "fov": pa.nulls(count, pa.float64()),
             "source_uri": [f"/fake/{f'tile{n % tiles}' if tiles else f'g{n}.fits'}" for n in numbers],
             "source_version": ["v1"] * count,
+            "neighbours": pa.nulls(count, pa.list_(pa.string())),
         },
         schema=SOURCES,
     )

@@ -68,7 +68,9 @@ def test_adding_a_source_leaves_all_other_partitions(positions: bool, tiles: int
 def test_a_new_version_of_a_file_renames_its_partition_only() -> None:
     table = LISTS["sky"]
     versions = ["v2", *table["source_version"].to_pylist()[1:]]
-    changed = table.set_column(6, SOURCES.field("source_version"), pa.array(versions))
+    changed = table.set_column(
+        table.column_names.index("source_version"), SOURCES.field("source_version"), pa.array(versions)
+    )
     assert len(names(table) - names(changed)) == 1
 
 
@@ -132,7 +134,9 @@ def test_the_anti_join_leaves_what_is_in_neither_table() -> None:
 
 def test_an_embedded_source_with_a_new_file_is_counted_and_left() -> None:
     table = source_table(4)
-    old = table.set_column(6, SOURCES.field("source_version"), pa.array(["v0", "v1", None, "v1"]))
+    old = table.set_column(
+        table.column_names.index("source_version"), SOURCES.field("source_version"), pa.array(["v0", "v1", None, "v1"])
+    )
     todo = outstanding(listed(table), stored(old, table.slice(0, 0)))
     assert (len(todo.table), todo.changed) == (0, 1)
 
@@ -157,3 +161,19 @@ def test_a_list_that_names_a_source_twice_is_refused() -> None:
     table = pa.concat_tables([source_table(3), source_table(1)])
     with pytest.raises(SchemaMismatch, match="1 source"):
         outstanding(listed(table), None)
+
+
+def test_rows_of_a_table_are_partitioned_by_file_in_its_order_wherever_they_lie_on_the_sky() -> None:
+    table = source_table(900)
+    uris = pa.array([f"/data/train-{n % 3}.parquet#{n // 3}" for n in range(900)], pa.string())
+    table = table.set_column(table.column_names.index("source_uri"), SOURCES.field("source_uri"), uris)
+    parts = partitions(table, 100)
+    assert sorted(np.concatenate([part.rows for part in parts]).tolist()) == list(range(900))
+    for part in parts:
+        files, rows = zip(
+            *(uri.split("#") for uri in table["source_uri"].take(pa.array(part.rows)).to_pylist()), strict=True
+        )
+        numbers = sorted(map(int, rows))
+        assert len(set(files)) == 1
+        assert numbers == list(range(numbers[0], numbers[-1] + 1))
+        assert part.name.startswith("train-")

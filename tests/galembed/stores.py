@@ -48,6 +48,8 @@ def rows(count: int = 300, *, seed: int = 0, survey: str = "legacy", **columns: 
         "norm": np.ones(count),
         "coverage": np.ones(count),
         "fov": np.full(count, 20.0),
+        "flags": [""] * count,
+        "neighbours": pa.nulls(count, pa.list_(pa.string())),
         "input_kind": ["flux"] * count,
         "source_uri": [f"{number}.fits" for number in range(count)],
         "source_version": ["1"] * count,

@@ -32,13 +32,20 @@ def test_a_table_without_a_contract_is_no_store() -> None:
 
 def test_a_store_of_another_format_names_both() -> None:
     schema = embeddings_schema(4, contract=StoreContract("e", "b", "flux", "fp32", format=99))
-    with pytest.raises(ArtifactMismatch, match="format 99, this galembed reads 1"):
+    with pytest.raises(ArtifactMismatch, match="format 99, this galembed reads 2"):
         StoreContract.from_schema(schema)
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("embedding_id", "f"), ("head_id", "k"), ("input_kind", "display"), ("numeric_class", "int8"), ("crop", 0.3)],
+    [
+        ("embedding_id", "f"),
+        ("head_id", "k"),
+        ("input_kind", "display"),
+        ("numeric_class", "int8"),
+        ("crop", 0.3),
+        ("fov", "30"),
+    ],
 )
 def test_rows_under_another_contract_are_refused(name: str, value: object) -> None:
     from dataclasses import replace
@@ -60,8 +67,10 @@ def source(**changes: object) -> pa.Table:
         "ra": 1.0,
         "dec": 2.0,
         "size": None,
+        "fov": None,
         "source_uri": None,
         "source_version": None,
+        "neighbours": None,
     }
     return pa.Table.from_pylist([row | changes])
 

@@ -26,7 +26,6 @@ from galembed.errors import (
 from galembed.mappings import LEGACY_DR2
 from galembed.photometry import NJY_PER_NANOMAGGY
 from galembed.sources import open_source
-from galembed.sources.fits import read_frame
 
 SCALE = 0.262
 FLUX = {"g": 100.0, "r": 250.0, "z": 400.0}  # nanomaggies
@@ -126,19 +125,35 @@ def test_two_files_of_one_name_are_one_source_and_one_rejected_row(tmp_path: Pat
 
 @pytest.mark.parametrize("keep", [100, 3000, 20000])
 def test_a_truncated_file_is_unreadable(tmp_path: Path, keep: int) -> None:
+    write_cube(tmp_path / "J0.fits")
     file = write_cube(tmp_path / "J1.fits")
     file.write_bytes(file.read_bytes()[:keep])
-    result = only(tmp_path, contract(10))
-    assert isinstance(result, UnreadableInput)
-    assert "J1.fits" in str(result)
+    reader = open_source(tmp_path)
+    good, bad = (result for _, result in reader.cutouts(reader.sources().table, contract(10)))
+    assert isinstance(good, Cutout)
+    assert isinstance(bad, UnreadableInput)
+    assert "J1.fits" in str(bad)
+
+
+def test_a_folder_of_nothing_that_can_be_read_says_what_the_first_file_is(tmp_path: Path) -> None:
+    (tmp_path / "J1.fits").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UnreadableInput, match="Git LFS pointer"):
+        open_source(tmp_path)
 
 
 def test_a_missing_band_names_those_there_are_and_can_be_replaced(tmp_path: Path) -> None:
     write_cube(tmp_path / "J1.fits", bands="gz")
-    result = only(tmp_path, contract(10))
-    assert isinstance(result, MissingBand)
-    assert "no band r (green); it has g, z" in " ".join(str(result).split())
+    with pytest.raises(MissingBand, match=r"no band for r \(green\); present are g, z.*--bands green=g"):
+        open_source(tmp_path)
+    write_cube(tmp_path / "J0.fits")
+    reader = open_source(tmp_path)
+    results = dict(reader.cutouts(reader.sources().table, contract(10)))
+    assert isinstance(results[0], Cutout)
+    assert isinstance(results[1], MissingBand)
+    assert "no band r; it has g, z" in str(results[1])
+    (tmp_path / "J0.fits").unlink()
     assert isinstance(only(tmp_path, contract(10), bands={"green": "g"}), Cutout)
+    assert isinstance(only(tmp_path, contract(10), bands="z"), Cutout)
 
 
 def test_pixels_without_a_unit_are_refused(tmp_path: Path) -> None:
@@ -146,7 +161,7 @@ def test_pixels_without_a_unit_are_refused(tmp_path: Path) -> None:
     with fits.open(file, mode="update") as hdus:
         del hdus[0].header["IMAGETYP"]
     with pytest.raises(UnknownUnit, match="no BUNIT"):
-        read_frame(file, ROLES)
+        open_source(tmp_path)
 
 
 def test_pixels_of_another_scale_become_the_same_surface_brightness(tmp_path: Path) -> None:
@@ -156,8 +171,9 @@ def test_pixels_of_another_scale_become_the_same_surface_brightness(tmp_path: Pa
         hdus[0].header["BUNIT"] = "nJy"
         for axis in (1, 2):
             hdus[0].header[f"CDELT{axis}"] = hdus[0].header.get(f"CDELT{axis}", 1.0) / 2
-    raw = fits.getdata(file)
-    np.testing.assert_allclose(read_frame(file, ROLES).flux, raw * 4, rtol=1e-5)
+    cutout = only(tmp_path, contract(61 * SCALE / 2, 61))
+    assert isinstance(cutout, Cutout)
+    np.testing.assert_allclose(cutout.pixels, fits.getdata(file) * 4, rtol=1e-5)
 
 
 def test_zeros_are_no_data(tmp_path: Path) -> None:
@@ -208,7 +224,7 @@ def test_a_tile_without_a_wcs_is_an_error(tmp_path: Path) -> None:
 def test_a_brick_gives_njy_at_the_catalogued_position(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
 ) -> None:
-    monkeypatch.setattr("galembed.sources.bricks.WHOLE_TILE_SOURCES", 1 if whole else 10)
+    monkeypatch.setattr("galembed.sources.tiles.WHOLE_TILE_SOURCES", 1 if whole else 10)
     _, (ra, dec) = write_brick(tmp_path)
     Table({"id": ["s"], "ra": [ra], "dec": [dec], "shape_r": [1.0]}).write(tmp_path / "sources.fits")
     cutout = only(tmp_path, contract(40 * SCALE), catalogue=tmp_path / "sources.fits")
@@ -246,7 +262,7 @@ def test_a_source_on_no_brick_fails_by_name(tmp_path: Path) -> None:
     Table({"id": ["far"], "ra": [200.0], "dec": [2.0], "shape_r": [1.0]}).write(tmp_path / "s.fits")
     result = only(tmp_path, contract(10), catalogue=tmp_path / "s.fits")
     assert isinstance(result, NoData)
-    assert "source far lies on none of the bricks" in str(result)
+    assert "source far lies on none of the tiles" in str(result)
 
 
 def test_bad_positions_and_sizes_are_rejected_rows(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def lease(store: Path) -> Iterator[Lease]:
 
 def embeddings(names: list[str], partition: str) -> pa.Table:
     columns = {item.name: pa.nulls(len(names), item.type) for item in SCHEMA}
-    columns |= {name: ["x"] * len(names) for name in ("survey", "input_kind", "engine")}
+    columns |= {name: ["x"] * len(names) for name in ("survey", "flags", "input_kind", "engine")}
     columns |= {"source_id": names, "partition": [partition] * len(names)}
     columns |= {name: np.ones(len(names), np.float32) for name in ("norm", "coverage")}
     flat = pa.array(np.ones(DIM * len(names), np.float32))

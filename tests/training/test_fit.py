@@ -138,7 +138,8 @@ def test_nothing_readable_is_an_error(survey: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cutouts"
     folder.mkdir()
     for file in list((survey / "cutouts").iterdir())[:3]:
-        (folder / file.name).write_text("damaged")
+        # The headers are whole, so that the survey is recognised; the pixels are not.
+        (folder / file.name).write_bytes(file.read_bytes()[:-5760])
     with pytest.raises(UnreadableInput, match="none of 3 images can be read"):
         train(folder, tmp_path / "b", RECIPE, votes=survey / "votes.parquet", workers=0)
 
@@ -153,8 +154,10 @@ def test_validation_rows_do_not_depend_on_order() -> None:
             "ra": pa.array(rng.uniform(0, 360, count), mask=np.arange(count) < 100),
             "dec": rng.uniform(-60, 60, count),
             "size": [1.0] * count,
+            "fov": pa.nulls(count, pa.float64()),
             "source_uri": ["x"] * count,
             "source_version": ["v"] * count,
+            "neighbours": pa.nulls(count, pa.list_(pa.string())),
         },
         schema=SOURCES,
     )

@@ -1,0 +1,100 @@
+"""What `galembed embed` and `galembed look` share: the options that describe a source, and what it was taken for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from galembed.sources import SourceReader
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+COLUMNS: Final = ("id", "ra", "dec", "size", "r90")
+"""What a catalogue's columns can be named for."""
+
+_OPTIONS: Final = (
+    click.argument("source", type=click.Path()),
+    click.option(
+        "--catalogue",
+        type=click.Path(),
+        help="Table of the sources: needed for survey tiles, adds columns to a folder.",
+    ),
+    click.option(
+        "--backbone",
+        default="builtin",
+        type=click.Path(),
+        help="Directory of a backbone.  [default: the built-in]",
+    ),
+    click.option("--crop", type=float, help="Centre fraction kept of an image whose source has no size."),
+    click.option(
+        "--survey",
+        help="Name of the survey (`galembed surveys` lists them), or a description in YAML or TOML; else recognised.",
+    ),
+    click.option(
+        "--bands",
+        multiple=True,
+        metavar="BAND|ROLE=BAND",
+        help="One band for all roles, or blue=g and so on; repeatable.",
+    ),
+    click.option("--fov", metavar="ARCSEC|gz_decals", help="Side of every cutout, instead of the backbone's rule."),
+    click.option(
+        "--min-coverage",
+        default=0.0,
+        type=float,
+        show_default=True,
+        help="A source with less data in any band is a failure.",
+    ),
+    click.option(
+        "--column",
+        multiple=True,
+        metavar="NAME=COLUMN",
+        help="Catalogue column for id, ra, dec, size or r90; repeatable.",
+    ),
+)
+
+
+def source_options(command: _Command) -> _Command:
+    """Give a command SOURCE, --catalogue, --backbone, --crop, --survey, --bands, --fov, --min-coverage, --column."""
+    return reduce(lambda inner, option: option(inner), reversed(_OPTIONS), command)
+
+
+def parse_bands(options: tuple[str, ...]) -> str | dict[str, str] | None:
+    """Return one band for all roles, the band of each role named, or None without options.
+
+    Raises
+    ------
+    click.BadParameter
+        If a role is none, or several bands have no role.
+    """
+    if len(options) == 1 and "=" not in options[0]:
+        return options[0]
+    return parse_pairs(options, "--bands", ("blue", "green", "red")) or None
+
+
+def parse_pairs(options: tuple[str, ...], name: str, allowed: tuple[str, ...]) -> dict[str, str]:
+    """Return ``KEY=VALUE`` options as a mapping.
+
+    Raises
+    ------
+    click.BadParameter
+        If a key is not `allowed`, or has no value.
+    """
+    pairs = dict(option.partition("=")[::2] for option in options)
+    for key, value in pairs.items():
+        if key not in allowed or not value:
+            raise click.BadParameter(
+                f"{key}={value}: write one of {', '.join(allowed)}, an = sign and a name", param_hint=name
+            )
+    return pairs
+
+
+def recognised(reader: SourceReader) -> str:
+    """Return in one line what a source was taken for: survey, by which evidence, and the band of each role."""
+    if reader.kind == "display":
+        return "display images: colours as they are, no survey"
+    played = ", ".join(f"{role} {band}" for role, band in reader.bands.items())
+    return f"{reader.survey}: {played}" + (f"; recognised by {reader.evidence}" if reader.evidence else "")
