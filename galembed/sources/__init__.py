@@ -209,13 +209,13 @@ def _open_fits(root: str, files: list[str], pictures: int, survey: str | None, o
     candidates = recognise(root, files, survey)
     if not candidates:
         raise _unrecognised(root, files, survey)
-    if len({candidate.reference for candidate in candidates}) > 1:
-        listed = "".join(f"\n  {candidate}" for candidate in candidates)
-        raise BadRequest(
-            f"{root} could be more than one survey:{listed}\nGive the sub-folder of one, or say --survey NAME"
-        )
     tiles = [candidate for candidate in candidates if candidate.layout.scope == "tile"]
     cutouts = [candidate for candidate in candidates if candidate.layout.scope == "cutout"]
+    several = len({candidate.reference for candidate in candidates}) > 1
+    if several or len(tiles or cutouts) > 1:
+        listed = "".join(f"\n  {candidate}" for candidate in candidates)
+        what, choice = ("survey", ", or say --survey NAME") if several else ("layout of one survey", "")
+        raise BadRequest(f"{root} could be more than one {what}:{listed}\nGive the sub-folder of one{choice}")
     if tiles:
         if options.catalogue is None:
             raise BadRequest(_needs_catalogue(root, files, tiles[0], cutouts))

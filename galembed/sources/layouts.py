@@ -214,7 +214,8 @@ def _evidence(layout: Layout, tiles: Iterable[TileFiles]) -> str | None:
     """Look into a few tiles of each of a few folders."""
     folders: dict[str, list[str]] = {}
     for tile in tiles:
-        folders.setdefault(os.path.dirname(tile.first_image), []).append(tile.first_image)
+        paths = [path for (kind, _), path in sorted(tile.files.items()) if kind == "image"]
+        folders.setdefault(os.path.dirname(paths[0]), []).extend(paths)
     chosen = list(folders.values())[:: max(1, len(folders) // _FOLDERS_LOOKED_INTO)]
     for path in (paths[at] for paths in chosen for at in sorted({0, len(paths) // 2, len(paths) - 1})):
         try:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, Final
 
 import numpy as np
@@ -19,14 +20,14 @@ from galembed.backbones import InputContract
 from galembed.catalogues import read_catalogue
 from galembed.cutouts import Cutout, require_coverage
 from galembed.errors import BadRequest, GalembedError, MissingWCS, NoData, UnreadableInput
-from galembed.files import FITS_ENDINGS, file_version, find_files
+from galembed.files import FITS_ENDINGS, file_version, find_files, relative
 from galembed.mappings import ROLES
 from galembed.planes import OpenFiles, Plane
 from galembed.quality import flags_of
 from galembed.schemas import SOURCES
 from galembed.sky import unit_vectors
 from galembed.sources import Options, SourceList
-from galembed.sources.folders import fields_of_view, split_duplicates, split_unusable
+from galembed.sources.folders import fields_of_view, reject, split_duplicates, split_unusable
 from galembed.sources.layouts import Candidate, TileFiles, find_tiles, read_planes, tile_files
 from galembed.sources.open_tiles import OpenTile, View, ordered
 from galembed.surveys import PLACE_DEG, Layout, Survey, choose_bands, load_survey
@@ -128,9 +129,28 @@ class TileReader:
         table, twice = split_duplicates(table)
         table, unusable = split_unusable(table, fixed=bool(self.fov))
         assigned = assign(table, find_tiles(find_files(self.root, FITS_ENDINGS), self._layout, self.root), self._layout)
-        for name, values in zip(("source_uri", "source_version", "neighbours"), assigned, strict=True):
+        for name, values in (
+            ("source_uri", assigned.uris),
+            ("source_version", assigned.versions),
+            ("neighbours", assigned.neighbours),
+        ):
             table = table.set_column(table.column_names.index(name), SOURCES.field(name), values)
-        return SourceList(table, pa.concat_tables([twice, unusable]))
+        return SourceList(table, pa.concat_tables([twice, unusable, self._unreadable(assigned.unreadable)]))
+
+    def _unreadable(self, errors: Mapping[str, GalembedError]) -> pa.Table:
+        """Return a row for each tile that has no known place: sources on it alone are on no tile."""
+        rows = [
+            dict.fromkeys(SOURCES.names)
+            | {"survey": self._record.name, "source_id": f"{relative(uri, self.root)}#tile", "source_uri": uri}
+            for uri in errors
+        ]
+        return pa.concat_tables(
+            [
+                reject(pa.Table.from_pylist([row], SOURCES), error.reason, [str(error)])
+                for row, error in zip(rows, errors.values(), strict=True)
+            ]
+            or [reject(SOURCES.empty_table(), "", [])]
+        )
 
     def cutouts(self, rows: pa.Table, contract: InputContract) -> Iterator[tuple[int, Cutout | GalembedError]]:
         """Yield (row number, cutout or the reason there is none) for each row, tile by tile."""
@@ -230,7 +250,29 @@ class TileReader:
             tile.decompress()
 
 
-def assign(table: pa.Table, tiles: Mapping[str, TileFiles], layout: Layout) -> tuple[pa.Array, pa.Array, pa.Array]:
+@dataclass(frozen=True)
+class Assigned:
+    """The tiles of sources.
+
+    Attributes
+    ----------
+    uris : pa.Array, string
+        Tile in which each source lies farthest from the edge; null on none.
+    versions : pa.Array, string
+        Of the files of that tile and of the neighbours.
+    neighbours : pa.Array, list of string
+        Other tiles that a cutout may reach into, nearest first; null without.
+    unreadable : mapping of str to GalembedError
+        Tiles whose place on the sky is not known, and why.
+    """
+
+    uris: pa.Array
+    versions: pa.Array
+    neighbours: pa.Array
+    unreadable: Mapping[str, GalembedError]
+
+
+def assign(table: pa.Table, tiles: Mapping[str, TileFiles], layout: Layout) -> Assigned:
     """Find the tiles of sources.
 
     Parameters
@@ -240,19 +282,10 @@ def assign(table: pa.Table, tiles: Mapping[str, TileFiles], layout: Layout) -> t
     tiles : mapping of str to TileFiles
     layout : Layout
 
-    Returns
-    -------
-    uris : pa.Array, string
-        Tile in which each source lies farthest from the edge; null on none.
-    versions : pa.Array, string
-        Of the files of that tile and of the neighbours.
-    neighbours : pa.Array, list of string
-        Other tiles that a cutout may reach into, nearest first; null without.
-
     Raises
     ------
-    MissingWCS
-        If a tile near a source has no sky WCS.
+    GalembedError
+        The first tile's, if none near a source can be read or has a sky WCS.
     """
     ra, dec, size, fov = (
         table[name].to_numpy(zero_copy_only=False).astype(float) for name in ("ra", "dec", "size", "fov")
@@ -261,7 +294,10 @@ def assign(table: pa.Table, tiles: Mapping[str, TileFiles], layout: Layout) -> t
     by_size = np.clip(_REACH_RADII * np.nan_to_num(size, nan=np.inf), *_REACH_ARCSEC)
     reach = np.where(np.isfinite(fov), fov, by_size) / 2
     names = list(tiles)
-    pairs = list(_pairs(ra, dec, [tiles[name] for name in names], layout)) if len(ra) else []
+    unreadable: dict[str, GalembedError] = {}
+    pairs = list(_pairs(ra, dec, list(tiles.values()), layout, unreadable)) if len(ra) else []
+    if unreadable and not pairs:
+        raise next(iter(unreadable.values()))
     rows, numbers, depth = (
         np.concatenate([pair[at] for pair in pairs]) if pairs else np.empty(0, int) for at in range(3)
     )
@@ -275,35 +311,35 @@ def assign(table: pa.Table, tiles: Mapping[str, TileFiles], layout: Layout) -> t
     edge = np.full(len(ra), np.inf)
     edge[rows[on]] = depth[on]
     others = ~on & (best[rows] >= 0) & (edge[rows] < reach[rows])
-    versions: dict[int, str] = {}
-
-    def version(*at: int) -> str:
-        key = at[0]
-        if len(at) == 1:
-            if key not in versions:
-                versions[key] = file_version(*tiles[names[key]].files.values())
-            return versions[key]
-        return file_version(*(path for number in at for path in tiles[names[number]].files.values()))
-
     reached: dict[int, list[int]] = {}
     for row, number in zip(rows[others].tolist(), numbers[others].tolist(), strict=True):
         if len(reached.setdefault(row, [])) < MOST_TILES - 1:
             reached[row].append(number)
-    placed = best.tolist()
-    return (
-        pa.array([names[at] if at >= 0 else None for at in placed], pa.string()),
-        pa.array(
-            [version(at, *reached.get(row, ())) if at >= 0 else None for row, at in enumerate(placed)], pa.string()
+
+    @cache
+    def version(*numbers: int) -> str:
+        return file_version(*(path for number in numbers for path in tiles[names[number]].files.values()))
+
+    placed = list(enumerate(best.tolist()))
+    return Assigned(
+        uris=pa.array([names[at] if at >= 0 else None for _, at in placed], pa.string()),
+        versions=pa.array(
+            [version(at, *reached.get(row, ())) if at >= 0 else None for row, at in placed], pa.string()
         ),
-        pa.array(
-            [[names[n] for n in reached[row]] if row in reached else None for row in range(len(ra))],
+        neighbours=pa.array(
+            [[names[n] for n in reached[row]] if row in reached else None for row, _ in placed],
             pa.list_(pa.string()),
         ),
+        unreadable=unreadable,
     )
 
 
 def _pairs(
-    ra: NDArray[np.float64], dec: NDArray[np.float64], tiles: Sequence[TileFiles], layout: Layout
+    ra: NDArray[np.float64],
+    dec: NDArray[np.float64],
+    tiles: Sequence[TileFiles],
+    layout: Layout,
+    unreadable: dict[str, GalembedError],
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]]:
     """Yield, for each tile near some source: row numbers, the tile's number, and depth inside its edge, arcsec."""
     sky = cKDTree(unit_vectors(ra, dec))
@@ -313,13 +349,16 @@ def _pairs(
         place = layout.place(named.tile) if named else None
         if place is not None and not sky.query_ball_point(unit_vectors(*place), _chord(widest), return_length=True):
             continue
-        wcs, (height, width), scale = _footprint(tile, layout)
+        try:
+            wcs, (height, width), scale = _footprint(tile, layout)
+        except GalembedError as error:
+            unreadable[tile.uri] = error
+            continue
         center = wcs.all_pix2world([[(width - 1) / 2, (height - 1) / 2]], 0)[0]
         radius = np.hypot(height, width) / 2 * scale / 3600 * 1.05 + _REACH_ARCSEC[1] / 3600
         near = np.sort(sky.query_ball_point(unit_vectors(*center), _chord(radius))).astype(np.int64)
-        if not len(near):
-            continue
-        x, y = wcs.all_world2pix(np.column_stack([ra[near], dec[near]]), 0, quiet=True).T
+        places = np.column_stack([ra[near], dec[near]])
+        x, y = wcs.all_world2pix(places, 0, quiet=True).T if len(near) else np.empty((2, 0))
         depth = np.min([x + 0.5, y + 0.5, width - 0.5 - x, height - 0.5 - y], axis=0) * scale
         good = np.isfinite(depth)
         yield near[good], np.full(int(good.sum()), number), depth[good]
@@ -331,7 +370,7 @@ def _chord(degrees: float) -> float:
 
 def _footprint(tile: TileFiles, layout: Layout) -> tuple[WCS, tuple[int, int], float]:
     """Return WCS, shape (y, x) and pixel (arcsec) of a tile's first image."""
-    files = OpenFiles(tile.uri, tile.files)
+    files = OpenFiles(tile.uri, tile.files, check=False)
     try:
         pieces = next(iter(read_planes(layout, files, tile.bands[:1] or None).values()), ())
         if not pieces:

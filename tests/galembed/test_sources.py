@@ -369,3 +369,18 @@ def test_source_tables_have_the_declared_schema(tmp_path: Path) -> None:
     listing = open_source(tmp_path).sources()
     assert isinstance(conform(listing.table, SOURCES), pa.Table)
     assert listing.rejected.column_names[-3:] == ["stage", "reason", "message"]
+
+
+def test_a_damaged_brick_beside_a_good_one_is_a_row_of_its_own(tmp_path: Path) -> None:
+    good, place = write_brick(tmp_path)
+    bad, _ = write_brick(tmp_path, "0401p020", dec=2.02)
+    (bad / "legacysurvey-0401p020-image-g.fits.fz").write_bytes(b"SIMPLE")
+    Table({"id": ["a"], "ra": [place[0]], "dec": [place[1]], "shape_r": [2.0]}).write(tmp_path / "s.fits")
+    listing = open_source(tmp_path, catalogue=tmp_path / "s.fits").sources()
+    assert listing.table["source_uri"].to_pylist() == [str(good / "legacysurvey-0400p020")]
+    assert listing.rejected["source_id"].to_pylist() == ["coadd/040/0401p020/legacysurvey-0401p020#tile"]
+    assert listing.rejected["reason"].to_pylist() == ["unreadable"]
+    assert "image-g.fits.fz" in listing.rejected["message"][0].as_py()
+    (good / "legacysurvey-0400p020-image-g.fits.fz").write_bytes(b"SIMPLE")
+    with pytest.raises(UnreadableInput, match=r"0400p020-image-g"):
+        open_source(tmp_path, catalogue=tmp_path / "s.fits").sources()
