@@ -267,6 +267,9 @@ def _embeddings(
     ra, dec, healpix = _positions(taken, collected)
     names = schema.names[len(schema.names) - fractions.shape[1] :]
     columns: dict[str, Any] = {name: taken[name] for name in taken.column_names if name in schema.names}
+    for name in {name for cutout in collected.cutouts for name in cutout.carried}:
+        values = np.array([cutout.carried.get(name, np.nan) for cutout in collected.cutouts], np.float32)
+        columns[name] = pa.array(values, mask=~np.isfinite(values))
     columns |= {
         "ra": ra,
         "dec": dec,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
@@ -37,6 +37,8 @@ class Cutout:
         Other tiles that it was assembled from.
     tiles_opened : int
         Tiles that were not open yet.
+    carried : mapping of str to float
+        What the survey's maps say of the source: values of carried columns, NaN where a map has none.
     """
 
     pixels: NDArray[Any]
@@ -48,6 +50,7 @@ class Cutout:
     flags: str = ""
     neighbours: tuple[str, ...] = ()
     tiles_opened: int = 0
+    carried: Mapping[str, float] = field(default_factory=dict)
 
 
 def resample(

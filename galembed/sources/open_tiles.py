@@ -12,7 +12,7 @@ from astropy.wcs import WCS
 from numpy.typing import NDArray
 
 from galembed.cutouts import resample, resample_at
-from galembed.errors import MissingWCS
+from galembed.errors import MissingWCS, UnreadableInput
 from galembed.mappings import ROLES
 from galembed.planes import Box, OpenFiles, Pixels, Plane, require_bands
 from galembed.sources.layouts import TileFiles, read_planes
@@ -217,6 +217,28 @@ class OpenTile:
             stack[number] = plane.read(box)
         self.read_seconds += time.perf_counter() - started
         return stack
+
+    def values_at(self, kind: str, band: str, places: NDArray[np.float64], *, whole: bool) -> NDArray[np.float32]:
+        """Return a map's values at pixels (x, y) of the reference plane; NaN where it has none.
+
+        A map that is absent, damaged or of another shape has none anywhere: it says something of a source, and is no
+        part of it.
+        """
+        values = np.full(len(places), np.nan, np.float32)
+        try:
+            pixels = self._files.image(kind, band) if (kind, band) in self._files.files else None
+            if pixels is None or pixels.shape != self.reference.shape:
+                return values
+            height, width = pixels.shape
+            x, y = np.rint(np.nan_to_num(places, nan=-1)).astype(int).T
+            on = np.flatnonzero((x >= 0) & (x < width) & (y >= 0) & (y < height))
+            if whole:
+                values[on] = pixels.read()[y[on], x[on]]
+            for at in () if whole else on:
+                values[at] = pixels.read((slice(y[at], y[at] + 1), slice(x[at], x[at] + 1)))[0, 0]
+        except UnreadableInput:
+            return values
+        return values
 
     def star_share(self, view: View) -> float:
         """Return the fraction of a view's pixels on this tile under a bright star's light; 0 without such a mask."""

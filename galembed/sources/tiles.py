@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -126,9 +126,14 @@ class TileReader:
         for column in catalogue.schema:
             if column.name not in (*table.column_names, "r90"):
                 table = table.append_column(column, catalogue[column.name])
+        tiles = find_tiles(find_files(self.root, FITS_ENDINGS), self._layout, self.root)
+        for name, unit in self._maps(tiles.values()).items():
+            if name not in table.column_names:
+                maps = pa.field(name, pa.float32(), metadata={"unit": unit})
+                table = table.append_column(maps, pa.nulls(count, pa.float32()))
         table, twice = split_duplicates(table)
         table, unusable = split_unusable(table, fixed=bool(self.fov))
-        assigned = assign(table, find_tiles(find_files(self.root, FITS_ENDINGS), self._layout, self.root), self._layout)
+        assigned = assign(table, tiles, self._layout)
         for name, values in (
             ("source_uri", assigned.uris),
             ("source_version", assigned.versions),
@@ -136,6 +141,16 @@ class TileReader:
         ):
             table = table.set_column(table.column_names.index(name), SOURCES.field(name), values)
         return SourceList(table, pa.concat_tables([twice, unusable, self._unreadable(assigned.unreadable)]))
+
+    def _maps(self, tiles: Iterable[TileFiles]) -> dict[str, str]:
+        """Return the columns that maps of these tiles can fill, with their units."""
+        there = {key for tile in tiles for key in tile.files}
+        return {
+            f"{kind}_{band}": unit
+            for kind, unit in self._layout.carried.items()
+            for band in dict.fromkeys(self.bands.values())
+            if (kind, band) in there
+        }
 
     def _unreadable(self, errors: Mapping[str, GalembedError]) -> pa.Table:
         """Return a row for each tile that has no known place: sources on it alone are on no tile."""
@@ -155,17 +170,28 @@ class TileReader:
     def cutouts(self, rows: pa.Table, contract: InputContract) -> Iterator[tuple[int, Cutout | GalembedError]]:
         """Yield (row number, cutout or the reason there is none) for each row, tile by tile."""
         table = rows.select(["source_id", "source_uri", "ra", "dec", "size", "fov", "neighbours"]).to_pylist()
+        # A catalogue's own column of that name stays as it is.
+        maps = [
+            (kind, band)
+            for kind in self._layout.carried
+            for band in dict.fromkeys(self.bands.values())
+            if (name := f"{kind}_{band}") in rows.column_names and rows[name].null_count == len(rows)
+        ]
         by_tile: dict[str | None, list[int]] = {}
         for number, row in enumerate(table):
             by_tile.setdefault(row["source_uri"], []).append(number)
         for uri, numbers in by_tile.items():
             try:
-                yield from self._cut_tile(uri, {number: table[number] for number in numbers}, contract)
+                yield from self._cut_tile(uri, {number: table[number] for number in numbers}, contract, maps)
             except GalembedError as error:
                 yield from ((number, error) for number in numbers)
 
     def _cut_tile(
-        self, uri: str | None, rows: Mapping[int, Mapping[str, Any]], contract: InputContract
+        self,
+        uri: str | None,
+        rows: Mapping[int, Mapping[str, Any]],
+        contract: InputContract,
+        maps: Sequence[tuple[str, str]],
     ) -> Iterator[tuple[int, Cutout | GalembedError]]:
         """Yield the cutouts of one tile; what is raised before the first concerns them all."""
         if uri is None:
@@ -176,17 +202,20 @@ class TileReader:
         wcs = tile.reference.wcs
         if wcs is None:
             raise MissingWCS(f"{uri}: the header has no sky WCS, so no position can be found on this tile")
-        if len(rows) >= WHOLE_TILE_SOURCES:
+        whole = len(rows) >= WHOLE_TILE_SOURCES
+        if whole:
             self._decompress(tile)
         places = wcs.all_world2pix([(row["ra"], row["dec"]) for row in rows.values()], 0, quiet=True)
-        for (number, row), (x, y) in zip(rows.items(), places, strict=True):
+        carried = {f"{kind}_{band}": tile.values_at(kind, band, places, whole=whole) for kind, band in maps}
+        for at, ((number, row), (x, y)) in enumerate(zip(rows.items(), places, strict=True)):
             try:
                 cutout = self._cutout(tile, row, float(x), float(y), contract)
             except GalembedError as error:
                 yield number, error
             else:
-                yield number, replace(cutout, tiles_opened=cutout.tiles_opened + fresh) if fresh else cutout
-                fresh = 0
+                opened, fresh = cutout.tiles_opened + fresh, 0
+                said = {name: float(values[at]) for name, values in carried.items()}
+                yield number, replace(cutout, tiles_opened=opened, carried=said)
 
     def _cutout(self, tile: OpenTile, row: Mapping[str, Any], x: float, y: float, contract: InputContract) -> Cutout:
         side = row["fov"] or contract.field_of_view.side_arcsec(row["size"])
@@ -323,9 +352,7 @@ def assign(table: pa.Table, tiles: Mapping[str, TileFiles], layout: Layout) -> A
     placed = list(enumerate(best.tolist()))
     return Assigned(
         uris=pa.array([names[at] if at >= 0 else None for _, at in placed], pa.string()),
-        versions=pa.array(
-            [version(at, *reached.get(row, ())) if at >= 0 else None for row, at in placed], pa.string()
-        ),
+        versions=pa.array([version(at, *reached.get(row, ())) if at >= 0 else None for row, at in placed], pa.string()),
         neighbours=pa.array(
             [[names[n] for n in reached[row]] if row in reached else None for row, _ in placed],
             pa.list_(pa.string()),

@@ -93,7 +93,9 @@ class Layout:
     recognise : callable
         HDUs of one image file -> the evidence in words that it is of this layout, or None.
     kinds : mapping of str to str
-        Value of the group `kind` -> ``image``, ``weight`` or ``mask``; others are left out.
+        Value of the group `kind` -> ``image``, ``weight``, ``mask`` or a key of `carried`; others are left out.
+    carried : mapping of str to str
+        Maps of a tile whose value at a source is carried into the store as ``<kind>_<band>`` -> its unit.
     by_folder : bool
         Whether all the files of a tile are in one folder. Else they are found by name in the whole tree.
     band_names : mapping of str to str
@@ -110,6 +112,7 @@ class Layout:
     recognise: Callable[[fits.HDUList], str | None]
     kinds: Mapping[str, str] = field(default_factory=dict)
     by_folder: bool = True
+    carried: Mapping[str, str] = field(default_factory=dict)
     band_names: Mapping[str, str] = field(default_factory=dict)
     place: Callable[[str], tuple[float, float] | None] = lambda tile: None
 

@@ -39,6 +39,13 @@ STAR_BITS: Final = Fact(
     "legacysurvey.org DR10 bitmasks.rst",
 )
 
+MAPS: Final = Fact(
+    "maps whose value at a source is carried: seeing (FWHM) and depth for galaxies",
+    {"psfsize": "arcsec", "galdepth": "nanomaggy-2"},
+    Evidence.DOCUMENTED,
+    "legacysurvey.org DR10 files.rst",
+)
+
 _FACTOR: Final = nanojansky_per_unit(UNIT.value)
 
 
@@ -171,11 +178,20 @@ SURVEY: Final = Survey(
         Layout(
             name="brick",
             scope="tile",
-            names="legacysurvey-<brick>-{image,invvar}-<band>.fits.fz, legacysurvey-<brick>-maskbits.fits.fz",
+            names="legacysurvey-<brick>-{image,invvar,psfsize,galdepth}-<band>.fits.fz, "
+            "legacysurvey-<brick>-maskbits.fits.fz",
             pattern=re.compile(
-                r"(?P<tile>legacysurvey-\d{4}[pm]\d{3})-(?P<kind>image|invvar|maskbits)(?:-(?P<band>\w+))?\.fits(?:\.fz|\.gz)?"
+                r"(?P<tile>legacysurvey-\d{4}[pm]\d{3})-(?P<kind>image|invvar|maskbits|psfsize|galdepth)"
+                r"(?:-(?P<band>\w+))?\.fits(?:\.fz|\.gz)?"
             ),
-            kinds={"image": "image", "invvar": "weight", "maskbits": "mask"},
+            kinds={
+                "image": "image",
+                "invvar": "weight",
+                "maskbits": "mask",
+                "psfsize": "psfsize",
+                "galdepth": "galdepth",
+            },
+            carried=MAPS.value,
             planes=_brick_planes,
             recognise=_recognise_brick,
             place=_place,
@@ -189,5 +205,5 @@ SURVEY: Final = Survey(
             recognise=_recognise_cutout,
         ),
     ),
-    facts=(UNIT, PIXEL, OVERLAP, NO_DATA_BITS, STAR_BITS),
+    facts=(UNIT, PIXEL, OVERLAP, NO_DATA_BITS, STAR_BITS, MAPS),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -153,3 +153,21 @@ def test_fractions_go_under_their_answers() -> None:
     outcome = embed_partition(reader.sources().table, reader, Answering(), CONTRACT, schema, partition="p", batch=2)
     assert outcome.embeddings["bar_yes_fraction"].to_pylist() == [0.25] * 3
     assert outcome.embeddings["bar_no_fraction"].to_pylist() == [0.75] * 3
+
+
+def test_what_a_tile_says_of_a_source_fills_its_carried_column() -> None:
+    @dataclass(frozen=True)
+    class Saying(FakeReader):
+        def cutouts(self, rows: pa.Table, contract: InputContract) -> Iterator[Any]:
+            for number, cutout in super().cutouts(rows, contract):
+                said = {"psfsize_g": np.nan if number == 1 else 1.25 + number}
+                yield number, replace(cutout, carried=said, flags="blank", neighbours=("/t2",), tiles_opened=2)
+
+    rows = FakeReader(3).sources().table
+    rows = rows.append_column(pa.field("psfsize_g", pa.float32()), pa.nulls(3, pa.float32()))
+    schema = embeddings_schema(DIM, carried=[pa.field("psfsize_g", pa.float32())])
+    outcome = embed_partition(rows, Saying(3), FakeRuntime(), CONTRACT, schema, partition="p")
+    assert outcome.embeddings["psfsize_g"].to_pylist() == [1.25, None, 3.25]
+    assert outcome.embeddings["flags"].to_pylist() == ["blank"] * 3
+    assert outcome.embeddings["neighbours"].to_pylist() == [["/t2"]] * 3
+    assert outcome.tiles_opened == 6

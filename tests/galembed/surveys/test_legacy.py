@@ -11,6 +11,7 @@ from astropy.io import fits
 from astropy.wcs import WCS
 from numpy.typing import NDArray
 
+from galembed.backbones import load_backbone
 from galembed.cutouts import Cutout
 from galembed.errors import BadRequest, UnknownUnit, UnreadableInput
 from galembed.sources import open_source
@@ -144,6 +145,44 @@ def test_a_large_galaxys_bit_hides_nothing_and_a_bright_stars_is_a_flag(tmp_path
     cutout = read_star(tmp_path, catalogue=catalogue)
     assert_star(cutout, native_pixel=PIXEL)
     assert (cutout.coverage, cutout.flags) == (1, "star")
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_seeing_and_depth_at_the_source_are_carried(
+    tmp_path: Path, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if whole:
+        monkeypatch.setattr("galembed.sources.tiles.WHOLE_TILE_SOURCES", 1)
+    folder, _, shape = one_brick(tmp_path)
+    place = (RA + 0.01, 2.24)
+    x, y = window_of(RA, 2.25, place)[0].all_world2pix([place], 0)[0]
+    rows, columns = np.mgrid[: shape[0], : shape[1]].astype(np.float32)
+    brick = brick_name(RA, 2.25)
+    for band in BANDS:
+        values = 1 + columns / 1000 + rows / 10
+        fits.CompImageHDU(values, compression_type="GZIP_1").writeto(
+            folder / f"legacysurvey-{brick}-psfsize-{band}.fits.fz"
+        )
+    fits.CompImageHDU(rows * np.nan, compression_type="GZIP_1").writeto(
+        folder / f"legacysurvey-{brick}-galdepth-g.fits.fz"
+    )
+    (folder / f"legacysurvey-{brick}-galdepth-r.fits.fz").write_bytes(b"damaged")
+    catalogue = write_catalogue(tmp_path / "t.ecsv", place, psfsize_r=1.5)
+    reader = open_source(tmp_path, catalogue=catalogue, fov=20)
+    listed = reader.sources().table
+    assert listed.schema.field("psfsize_g").metadata == {b"unit": b"arcsec"}
+    assert "galdepth_z" not in listed.column_names
+    ((_, cutout),) = reader.cutouts(listed, load_backbone().contract)
+    assert isinstance(cutout, Cutout)
+    assert set(cutout.carried) == {
+        "psfsize_g",
+        "psfsize_z",
+        "galdepth_g",
+        "galdepth_r",
+    }  # r's seeing is the catalogue's
+    expected = 1 + round(x) / 1000 + round(y) / 10
+    assert cutout.carried["psfsize_g"] == cutout.carried["psfsize_z"] == pytest.approx(expected, rel=1e-6)
+    assert np.isnan([cutout.carried["galdepth_g"], cutout.carried["galdepth_r"]]).all()
 
 
 def test_a_brick_in_another_unit_is_refused(tmp_path: Path) -> None:
