@@ -175,17 +175,19 @@ def _shift(planes: NDArray[np.floating[Any]], center: tuple[float, float], size:
     window = _padded(planes, first, size + 1)
 
     def weigh(values: NDArray[np.float32]) -> NDArray[np.float32]:
-        rows = values[..., :-1, :]
+        rows = values[:-1] * (1 - down)
         if down:
-            rows = rows * (1 - down)
-            rows += values[..., 1:, :] * down
-        out = rows[..., :-1] * (1 - right)
+            rows += values[1:] * down
+        out = rows[:, :-1] * (1 - right)
         if right:
-            out += rows[..., 1:] * right
+            rows *= right
+            out += rows[:, 1:]
         return out
 
+    out = np.empty((*window.shape[:-2], size, size), np.float32)
     with np.errstate(invalid="ignore", over="ignore"):
-        out = weigh(window)
+        for plane in np.ndindex(window.shape[:-2]):  # one by one they stay in the processor's cache
+            out[plane] = weigh(window[plane])
     for plane in np.ndindex(out.shape[:-2]):
         known = np.isfinite(out[plane])
         if not known.all():  # again, around the pixels without data only

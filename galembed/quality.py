@@ -19,6 +19,8 @@ _SIGMA: Final = 5.0
 _MIDDLE: Final = 0.5
 _OWN_SHARE: Final = 0.1
 _BLOCK: Final = 4
+_MAD_TO_SIGMA: Final = 1.4826  # of a normal distribution, as is the next
+_QUARTILE_SIGMA: Final = 0.6745
 
 
 def flags_of(flux: NDArray[np.float32], *, partial: bool = False, star_share: float = 0.0) -> str:
@@ -51,19 +53,28 @@ def flags_of(flux: NDArray[np.float32], *, partial: bool = False, star_share: fl
 def _detected(flux: NDArray[np.float32]) -> tuple[NDArray[Any], tuple[slice, slice]]:
     """Return light above the noise in blocks of 4 x 4 pixels (0 without data), and the blocks of the middle.
 
-    The noise is that of the blocks, from the median absolute deviation below the median: neither is moved
-    by a galaxy that fills less than half of the field.
+    The noise comes from the differences of blocks beside each other, the sky from the darkest quarter: a galaxy
+    that fills most of the field moves neither much.
     """
-    plane = flux.sum(axis=0)
-    size = plane.shape[0] // _BLOCK * _BLOCK
-    start = (plane.shape[0] - size) // 2
-    square = plane[start : start + size, start : start + size]
-    blocks = square.reshape(size // _BLOCK, _BLOCK, size // _BLOCK, _BLOCK).mean(axis=(1, 3))
+    size = flux.shape[-1] // _BLOCK * _BLOCK
+    start = (flux.shape[-1] - size) // 2
+    plane = sum(band[start : start + size, start : start + size] for band in flux)
+    rows = sum(plane[at::_BLOCK] for at in range(_BLOCK))
+    blocks = sum(rows[:, at::_BLOCK] for at in range(_BLOCK)) / _BLOCK**2
     known = blocks[np.isfinite(blocks)]
-    sky = np.median(known) if known.size else 0.0
-    noise = 1.4826 * np.median(sky - known[known <= sky]) if known.size else 0.0
+    steps = np.abs(np.concatenate([(blocks[1:] - blocks[:-1]).ravel(), (blocks[:, 1:] - blocks[:, :-1]).ravel()]))
+    noise = _MAD_TO_SIGMA / np.sqrt(2) * _quantile(steps[np.isfinite(steps)], 0.5)
+    sky = _quantile(known, 0.25) + _QUARTILE_SIGMA * noise
     light = np.where(blocks - sky > _SIGMA * noise, blocks - sky, 0.0)
     count = len(blocks)
     edge = round(count * (1 - _MIDDLE) / 2)
     inner = slice(edge, count - edge)
     return light, (inner, inner)
+
+
+def _quantile(values: NDArray[np.floating[Any]], share: float) -> float:
+    """Return a quantile, 0 of nothing; numpy's own takes ten times as long on a few hundred numbers."""
+    if not values.size:
+        return 0.0
+    at = int(share * (values.size - 1))
+    return float(np.partition(values, at)[at])

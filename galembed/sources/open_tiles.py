@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -177,6 +178,8 @@ class OpenTile:
         MissingWCS
             If the view is in another tile's pixels and there is no WCS to carry it over.
         """
+        if len(self._grids) == 1:
+            return self._cut_grid(self._grids[0], view)
         flux = np.full((len(self.bands), view.size, view.size), np.nan, np.float32)
         for grid in self._grids:
             cut = self._cut_grid(grid, view)
@@ -186,10 +189,13 @@ class OpenTile:
         return flux
 
     def _cut_grid(self, grid: _Grid, view: View) -> NDArray[np.float32]:
-        center, matrix = _placed(view, grid)
-        scale = float(np.sqrt(abs(np.linalg.det(matrix))))
-        bent = np.abs(matrix - scale * np.eye(2)).max() * view.side
-        corners = np.abs(matrix).sum(axis=1) * view.side / 2 + max(scale * view.step, 1.0) * 2 + 1
+        if view.wcs is grid.wcs:
+            center, scale, bent, corners = (view.x, view.y), 1.0, 0.0, [view.side / 2 + max(view.step, 1.0) * 2 + 1] * 2
+        else:
+            center, matrix = _placed(view, grid)
+            scale = float(np.sqrt(abs(np.linalg.det(matrix))))
+            bent = float(np.abs(matrix - scale * np.eye(2)).max()) * view.side
+            corners = (np.abs(matrix).sum(axis=1) * view.side / 2 + max(scale * view.step, 1.0) * 2 + 1).tolist()
         height, width = grid.shape
         x0, x1 = _clipped(center[0], corners[0], width)
         y0, y1 = _clipped(center[1], corners[1], height)
@@ -256,8 +262,9 @@ class OpenTile:
 
 
 def _clipped(center: float, reach: float, length: int) -> tuple[int, int]:
-    low, high = np.clip((np.floor(center - reach), np.ceil(center + reach) + 1), 0, length)
-    return int(low), int(high)
+    if not math.isfinite(center):
+        return 0, 0
+    return max(0, math.floor(center - reach)), min(length, math.ceil(center + reach) + 1)
 
 
 def _by_grid(bands: Sequence[tuple[Plane, ...]]) -> list[_Grid]:
@@ -294,8 +301,6 @@ def _placed(view: View, grid: _Grid) -> tuple[tuple[float, float], NDArray[np.fl
 
     Over a cutout the map between two sky projections is affine to far below a pixel.
     """
-    if view.wcs is grid.wcs:
-        return (view.x, view.y), np.eye(2)
     if view.wcs is None or grid.wcs is None:
         raise MissingWCS(f"{grid.planes[0].image.where}: bands on different grids need a sky WCS to be aligned")
     half = view.side / 2

@@ -214,8 +214,10 @@ class TileReader:
                 yield number, error
             else:
                 opened, fresh = cutout.tiles_opened + fresh, 0
-                said = {name: float(values[at]) for name, values in carried.items()}
-                yield number, replace(cutout, tiles_opened=opened, carried=said)
+                if opened or carried:
+                    said = {name: float(values[at]) for name, values in carried.items()}
+                    cutout = replace(cutout, tiles_opened=opened, carried=said)
+                yield number, cutout
 
     def _cutout(self, tile: OpenTile, row: Mapping[str, Any], x: float, y: float, contract: InputContract) -> Cutout:
         side = row["fov"] or contract.field_of_view.side_arcsec(row["size"])
