@@ -109,6 +109,8 @@ class Status:
         Catalogue columns.
     fractions : tuple of str
         Columns of predicted vote fractions.
+    flags : mapping of str to int
+        Rows with each warning about the picture (`galembed.quality.FLAGS`).
     """
 
     path: str
@@ -123,6 +125,7 @@ class Status:
     job: Mapping[str, Any] = field(default_factory=dict)
     carried: tuple[str, ...] = ()
     fractions: tuple[str, ...] = ()
+    flags: Mapping[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         contract = self.contract
@@ -133,13 +136,14 @@ class Status:
             "store": self.path,
             "sources": f"{self.rows:,} in {self.partitions:,} partitions",
             "failures": failed or "none",
+            "flagged": ", ".join(f"{count:,} {word}" for word, count in self.flags.items()) or "none",
             "backbone": f"{contract.backbone} ({contract.embedding_id[:12]})",
             "vectors": f"{self.dim} numbers, {contract.numeric_class}",
-            "input": contract.input_kind + (f", {bands}" if bands else ""),
+            "input": ", ".join(
+                filter(None, (contract.input_kind, contract.survey, bands, contract.fov and f"field {contract.fov}"))
+            ),
             "columns": ", ".join(self.carried) or "none carried from a catalogue",
-            "votes": f"{len(self.fractions)} predicted fractions: {', '.join(self.fractions)}"
-            if self.fractions
-            else "none",
+            "votes": f"{len(self.fractions)} predicted fractions, from {self.fractions[0]}" if self.fractions else "none",
             "engines": ", ".join(f"{name} ({count:,})" for name, count in self.engines.items()) or "none",
             "search": index,
             "last job": ", ".join(f"{key} {value}" for key, value in self.job.items() if _plain(value)) or "unknown",
@@ -286,10 +290,13 @@ class Store:
     def status(self) -> Status:
         """Return how many sources are embedded, how many failed and why, and how they are searched."""
         engines: Counter[str] = Counter()
+        flags: Counter[str] = Counter()
         partitions: set[str] = set()
-        for batch in self.batches(["engine", "partition"], batch_size=65536):
+        for batch in self.batches(["engine", "flags", "partition"], batch_size=65536):
             for item in pc.value_counts(batch.column("engine")).to_pylist():
                 engines[item["values"]] += item["counts"]
+            for item in pc.value_counts(batch.column("flags")).to_pylist():
+                flags.update(dict.fromkeys(item["values"].split(), item["counts"]))
             partitions.update(pc.unique(batch.column("partition")).to_pylist())
         name, kind = next(iter(self.vector_indexes().items()), ("", "exact"))
         statistics = self.table.index_stats(name) if name else None
@@ -306,6 +313,7 @@ class Store:
             index=kind,
             unindexed=statistics.num_unindexed_rows if statistics else 0,
             job=_read_job(self.path),
+            flags=dict(flags.most_common()),
         )
 
     def similar(

@@ -31,6 +31,9 @@ STAR_PLANES: Final = Fact(
 )
 
 
+_MASK_BITS: Final = 32
+
+
 def _planes(files: OpenFiles, bands: Sequence[str] | None) -> Mapping[str, tuple[Plane, ...]]:
     planes = {}
     for band in bands or files.bands:
@@ -91,7 +94,7 @@ def _bits(mask: Pixels | None, names: Sequence[str], *, required: bool) -> int:
             f"{mask.where}: the mask names none of the planes {', '.join(names)} (MP_ keywords), and bit numbers "
             "differ between releases; fetch the file with its full header"
         )
-    return sum(1 << known[name] for name in names if name in known)
+    return sum(1 << known[name] for name in names if 0 <= known.get(name, -1) < _MASK_BITS)
 
 
 def _require_filter(file: fits.HDUList, band: str, path: str) -> None:

@@ -90,6 +90,13 @@ def test_status_counts(store):
     assert "blue = g" in str(status)
 
 
+def test_status_counts_each_warning(tmp_path):
+    status = make_store(tmp_path / "s", rows(4, flags=["", "partial", "partial blank", ""])).status()
+    assert status.flags == {"partial": 2, "blank": 1}
+    assert "flagged   2 partial, 1 blank" in str(status)
+    assert "flagged   none" in str(make_store(tmp_path / "t", rows(2)).status())
+
+
 def test_status_tells_the_last_job(tmp_path):
     store = make_store(tmp_path / "s", rows(3))
     assert "last job  unknown" in str(store.status())
