@@ -132,6 +132,7 @@ class Status:
         bands = ", ".join(f"{role} = {band}" for role, band in contract.bands.items())
         failed = ", ".join(f"{count:,} {reason}" for reason, count in self.failures.items())
         index = self.index if self.index == "exact" else f"{self.index} ({self.unindexed:,} rows not in it)"
+        votes = f"{len(self.fractions)} predicted fractions, from {self.fractions[0]}" if self.fractions else "none"
         lines = {
             "store": self.path,
             "sources": f"{self.rows:,} in {self.partitions:,} partitions",
@@ -143,7 +144,7 @@ class Status:
                 filter(None, (contract.input_kind, contract.survey, bands, contract.fov and f"field {contract.fov}"))
             ),
             "columns": ", ".join(self.carried) or "none carried from a catalogue",
-            "votes": f"{len(self.fractions)} predicted fractions, from {self.fractions[0]}" if self.fractions else "none",
+            "votes": votes,
             "engines": ", ".join(f"{name} ({count:,})" for name, count in self.engines.items()) or "none",
             "search": index,
             "last job": ", ".join(f"{key} {value}" for key, value in self.job.items() if _plain(value)) or "unknown",
