@@ -230,6 +230,7 @@ class OpenTile:
         A map that is absent, damaged or of another shape has none anywhere: it says something of a source, and is no
         part of it.
         """
+        started = time.perf_counter()
         values = np.full(len(places), np.nan, np.float32)
         try:
             pixels = self._files.image(kind, band) if (kind, band) in self._files.files else None
@@ -244,6 +245,8 @@ class OpenTile:
                 values[at] = pixels.read((slice(y[at], y[at] + 1), slice(x[at], x[at] + 1)))[0, 0]
         except UnreadableInput:
             return values
+        finally:
+            self.read_seconds += time.perf_counter() - started
         return values
 
     def star_share(self, view: View) -> float:

@@ -199,6 +199,7 @@ class TileReader:
                 yield number, NoData(f"source {row['source_id']} lies on none of the tiles in {self.root}")
             return
         tile, fresh = self._opened(uri)
+        before = 0.0 if fresh else tile.read_seconds
         wcs = tile.reference.wcs
         if wcs is None:
             raise MissingWCS(f"{uri}: the header has no sky WCS, so no position can be found on this tile")
@@ -207,16 +208,21 @@ class TileReader:
             self._decompress(tile)
         places = wcs.all_world2pix([(row["ra"], row["dec"]) for row in rows.values()], 0, quiet=True)
         carried = {f"{kind}_{band}": tile.values_at(kind, band, places, whole=whole) for kind, band in maps}
+        shared = tile.read_seconds - before  # charged to the first
         for at, ((number, row), (x, y)) in enumerate(zip(rows.items(), places, strict=True)):
             try:
                 cutout = self._cutout(tile, row, float(x), float(y), contract)
             except GalembedError as error:
                 yield number, error
             else:
-                opened, fresh = cutout.tiles_opened + fresh, 0
-                if opened or carried:
-                    said = {name: float(values[at]) for name, values in carried.items()}
-                    cutout = replace(cutout, tiles_opened=opened, carried=said)
+                if fresh or shared or carried:
+                    cutout = replace(
+                        cutout,
+                        read_seconds=cutout.read_seconds + shared,
+                        tiles_opened=cutout.tiles_opened + fresh,
+                        carried={name: float(values[at]) for name, values in carried.items()},
+                    )
+                    fresh, shared = 0, 0.0
                 yield number, cutout
 
     def _cutout(self, tile: OpenTile, row: Mapping[str, Any], x: float, y: float, contract: InputContract) -> Cutout:
