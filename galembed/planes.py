@@ -192,15 +192,17 @@ class Plane:
         """
         image = self.image.read(box)
         values = image if self.linear is None else self.linear(image)
+        # A section of a compressed plane is nobody else's, and memory touched first costs as much as decompressing.
+        own = values if self.image.compressed and values.dtype == np.float32 else None
         with np.errstate(over="ignore", invalid="ignore"):
-            flux: NDArray[np.float32] = np.multiply(values, np.float32(self.factor), dtype=np.float32)
+            flux: NDArray[np.float32] = np.multiply(values, np.float32(self.factor), out=own, dtype=np.float32)
         if self.zero_is_no_data:
             flux[image == 0] = np.nan
         if self.weight is not None:
             flux[~(self.weight.read(box) > 0)] = np.nan
         if self.mask is not None and self.no_data_bits:
             flux[(self.bits(box) & self.no_data_bits) != 0] = np.nan
-        wild = np.abs(flux) > LARGEST_FLUX
+        wild = (flux > LARGEST_FLUX) | (flux < -LARGEST_FLUX)
         if wild.any():
             flux[wild] = np.nan
         return flux

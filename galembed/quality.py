@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any, Final
 
 import numpy as np
@@ -58,9 +59,9 @@ def _detected(flux: NDArray[np.float32]) -> tuple[NDArray[Any], tuple[slice, sli
     """
     size = flux.shape[-1] // _BLOCK * _BLOCK
     start = (flux.shape[-1] - size) // 2
-    plane = sum(band[start : start + size, start : start + size] for band in flux)
-    rows = sum(plane[at::_BLOCK] for at in range(_BLOCK))
-    blocks = sum(rows[:, at::_BLOCK] for at in range(_BLOCK)) / _BLOCK**2
+    plane = reduce(np.add, [band[start : start + size, start : start + size] for band in flux])
+    rows = reduce(np.add, [plane[at::_BLOCK] for at in range(_BLOCK)])
+    blocks = reduce(np.add, [rows[:, at::_BLOCK] for at in range(_BLOCK)]) / _BLOCK**2
     known = blocks[np.isfinite(blocks)]
     steps = np.abs(np.concatenate([(blocks[1:] - blocks[:-1]).ravel(), (blocks[:, 1:] - blocks[:, :-1]).ravel()]))
     noise = _MAD_TO_SIGMA / np.sqrt(2) * _quantile(steps[np.isfinite(steps)], 0.5)

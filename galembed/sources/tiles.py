@@ -34,7 +34,9 @@ from galembed.surveys import PLACE_DEG, Layout, Survey, choose_bands, load_surve
 
 WHOLE_TILE_SOURCES: Final = 80
 """From this many sources on, a compressed plane is cheaper decompressed whole than by section (measured on 100 x 100 px
-RICE tiles: a 3600 x 3600 plane 0.21 s, a 256 px section 2.4 ms)."""
+RICE tiles, image and inverse variance: 3600 x 3600 planes 220 ms, sections of 162 px 2.0 ms and of 300 px 3.6 ms)."""
+
+_STRIP_PIXELS: Final = 100
 
 MOST_TILES: Final = 4
 """Tiles that a cutout is assembled from, at most."""
@@ -209,9 +211,12 @@ class TileReader:
         places = wcs.all_world2pix([(row["ra"], row["dec"]) for row in rows.values()], 0, quiet=True)
         carried = {f"{kind}_{band}": tile.values_at(kind, band, places, whole=whole) for kind, band in maps}
         shared = tile.read_seconds - before  # charged to the first
-        for at, ((number, row), (x, y)) in enumerate(zip(rows.items(), places, strict=True)):
+        numbered = list(rows.items())
+        # Strip by strip: a square's pixels are then mostly in the processor's cache, from the one before it.
+        for at in np.lexsort((places[:, 0], places[:, 1] // _STRIP_PIXELS)).tolist():
+            number, row = numbered[at]
             try:
-                cutout = self._cutout(tile, row, float(x), float(y), contract)
+                cutout = self._cutout(tile, row, *places[at].tolist(), contract)
             except GalembedError as error:
                 yield number, error
             else:
