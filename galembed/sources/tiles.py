@@ -214,9 +214,9 @@ class TileReader:
         numbered = list(rows.items())
         # Strip by strip: a square's pixels are then mostly in the processor's cache, from the one before it.
         for at in np.lexsort((places[:, 0], places[:, 1] // _STRIP_PIXELS)).tolist():
-            number, row = numbered[at]
+            (number, row), (x, y) = numbered[at], places[at].tolist()
             try:
-                cutout = self._cutout(tile, row, *places[at].tolist(), contract)
+                cutout = self._cutout(tile, row, x, y, contract)
             except GalembedError as error:
                 yield number, error
             else:
