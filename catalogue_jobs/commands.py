@@ -46,8 +46,8 @@ def embed(
 ) -> None:
     """Embed every source of SOURCE into a store.
 
-    SOURCE is a folder (or fsspec URL) of FITS cutouts, of JPEG or PNG pictures, of Parquet files with an
-    image column, or a tree of survey tiles, which needs a --catalogue. Sources that the store has already
+    SOURCE is a folder (or fsspec URL) of FITS cutouts, of JPEG or PNG pictures, a tree of survey tiles, which
+    needs a --catalogue, or a local folder of Parquet files with an image column. Sources that the store has already
     are left alone: run the same command again to go on after a stop.
     """
     from catalogue_jobs import run

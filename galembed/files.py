@@ -5,30 +5,48 @@ from __future__ import annotations
 import bz2
 import datetime
 import gzip
+import hashlib
 import io
 import math
 import os
 import re
 import struct
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Final
 
 import fsspec
+import fsspec.config
 from astropy.io import fits
 from astropy.utils.exceptions import AstropyWarning
+from fsspec.registry import known_implementations
 
-from galembed.errors import GalembedError, UnreadableInput
+from galembed.errors import BadRequest, GalembedError, UnreadableInput
 
 FITS_ENDINGS: Final = (".fits", ".fit", ".fits.gz", ".fits.fz", ".fits.bz2", ".fit.gz", ".fts")
 
 _DECOMPRESS: Final = {".gz": gzip.decompress, ".bz2": bz2.decompress}
 
+_FETCHED_BYTES: Final = 2**20
+"""Bytes that travel at a time. fsspec's own 5 MB (50 MB on S3) take most of a compressed plane for one source of it."""
+
+_CONNECT_SECONDS: Final = 10
+_SILENT_SECONDS: Final = 60
+"""How long a web server may be silent. aiohttp's own limit is on a whole download: 300 s. s3fs has 5 s and 15 s."""
+
+_MARKS: Final = ("ETag", "etag", "LastModified", "Last-Modified", "last_modified", "mtime")
+"""What file systems call the mark of a file's contents, the surest first."""
+
 
 def is_url(place: str | Path) -> bool:
     """Tell whether `place` is an fsspec URL (`s3://`, `https://`...) and not a path."""
     return "://" in str(place)
+
+
+def _is_web(uri: str) -> bool:
+    return uri.startswith(("http://", "https://"))
 
 
 def resolve(place: str | Path) -> str:
@@ -50,6 +68,8 @@ def find_files(root: str, endings: tuple[str, ...] = ()) -> list[str]:
     ------
     UnreadableInput
         If there is no such folder, it cannot be listed, or it is a file.
+    BadRequest
+        If nothing is installed that reads such a URL.
     """
     return sorted(
         uri
@@ -62,15 +82,23 @@ def _local_files(root: str) -> Iterable[str]:
     if not os.path.isdir(root):
         what = "is a file; give the folder that holds it" if os.path.exists(root) else "does not exist"
         raise UnreadableInput(f"{root} {what}; a source is a folder of FITS or JPEG/PNG files, or a survey tree")
-    for folder, folders, names in os.walk(root):
+    seen = {os.path.realpath(root)}
+    for folder, folders, names in os.walk(root, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in [name for name in folders if os.path.islink(os.path.join(folder, name))]:
+            place = os.path.realpath(os.path.join(folder, name))
+            if place in seen or f"{folder}{os.sep}".startswith(f"{place}{os.sep}"):
+                folders.remove(name)  # it leads back to where we are, or to where we were
+            seen.add(place)
         yield from (os.path.join(folder, name) for name in names if not name.startswith("."))
 
 
 def _remote_files(root: str) -> Iterable[str]:
+    system, path = _file_system(root)
     try:
-        system, path = fsspec.core.url_to_fs(root)
-        found = system.find(path)
+        system.invalidate_cache(path)  # sizes and ETags too are kept with listings
+        # On the web, folders that cannot be listed would be left out without a word.
+        found = system.find(path, **({"on_error": "raise"} if _is_web(root) else {}))
     except Exception as error:  # each file system raises its own kinds
         raise UnreadableInput(f"{root} cannot be listed ({type(error).__name__}: {error})") from error
     if not found or found == [path]:
@@ -85,18 +113,29 @@ def relative(uri: str, root: str) -> str:
 
 
 def file_version(*uris: str | Path) -> str:
-    """Return size and modification time (or ETag) of files together, as kept in `source_version`."""
+    """Return size and modification time (or ETag) of files together, as kept in `source_version`.
+
+    Raises
+    ------
+    UnreadableInput
+        If one of several is gone, or the server does not answer.
+    """
     sizes, stamps = zip(*(_size_and_stamp(str(uri)) for uri in uris), strict=True)
-    return f"{sum(sizes)}-{max(stamps)}"
+    # The latest time stands for all, but the last of some ETags in the alphabet does not.
+    several = len(uris) > 1 and any(map(is_url, uris))
+    mark = hashlib.md5("\n".join(stamps).encode(), usedforsecurity=False).hexdigest() if several else max(stamps)
+    return f"{sum(sizes)}-{mark}"
 
 
 def _size_and_stamp(uri: str) -> tuple[int, str]:
     if not is_url(uri):
-        stat = os.stat(uri)
+        with _fetching(uri):
+            stat = os.stat(uri)
         return stat.st_size, _stamp(stat.st_mtime)
-    system, path = fsspec.core.url_to_fs(uri)
-    info: Mapping[str, Any] = system.info(path)
-    mark = info.get("ETag") or info.get("LastModified") or info.get("mtime") or ""
+    system, path = _file_system(uri)
+    with _fetching(uri):
+        info: Mapping[str, Any] = system.info(path)
+    mark = next((info[name] for name in _MARKS if info.get(name)), "")
     if isinstance(mark, datetime.datetime):
         mark = _stamp(mark.timestamp())
     return int(info.get("size") or 0), str(mark).strip('"')
@@ -115,7 +154,8 @@ def open_fits(uri: str) -> fits.HDUList:
     Raises
     ------
     UnreadableInput
-        If it is missing, empty, not FITS, shorter or longer than its headers say, or they cannot be read.
+        If it is missing, cannot be fetched, is empty, not FITS, shorter or longer than its headers say, or they cannot
+        be read.
     """
     stream: IO[bytes] | None = None
     file = None
@@ -137,8 +177,6 @@ def open_fits(uri: str) -> fits.HDUList:
         raise
     except Exception as error:  # damaged headers make astropy raise almost anything
         _close(file, stream)
-        if isinstance(error, FileNotFoundError):
-            raise UnreadableInput(f"{uri} is missing; fetch it again") from error
         if isinstance(error, _TruncatedError):
             raise UnreadableInput(f"{uri}: truncated ({error}); fetch it again") from error
         told = str(error) if isinstance(error, _DamagedError) else f"{type(error).__name__}: {error}"
@@ -167,14 +205,115 @@ def _stream(uri: str) -> IO[bytes] | None:
     """Return a stream of FITS bytes, or None for a file that astropy opens by its path."""
     decompress = _DECOMPRESS.get(os.path.splitext(uri)[1].lower())
     if not is_url(uri):
-        if os.path.getsize(uri) == 0:
-            raise UnreadableInput(f"{uri} is empty; fetch it again")
-        return io.BytesIO(decompress(Path(uri).read_bytes())) if decompress else None
-    system, path = fsspec.core.url_to_fs(uri)
+        with _fetching(uri):
+            if os.path.getsize(uri) == 0:
+                raise UnreadableInput(f"{uri} is empty; fetch it again")
+            packed = Path(uri).read_bytes() if decompress else b""
+        return io.BytesIO(decompress(packed)) if decompress else None
+    system, path = _file_system(uri)
+    with _fetching(uri):
+        if decompress:
+            packed = system.cat_file(path)
+        else:
+            stream = system.open(path, "rb", block_size=_FETCHED_BYTES, cache_type="blockcache")
     if decompress:
-        return io.BytesIO(decompress(system.cat_file(path)))
-    stream: IO[bytes] = system.open(path, "rb")
-    return stream
+        return io.BytesIO(decompress(packed))
+    return io.BufferedReader(_Fetched(uri, stream, lambda: system.cat_file(path)))
+
+
+def _file_system(uri: str) -> tuple[Any, str]:
+    """Return the fsspec file system of a URL, and the path on it.
+
+    Raises
+    ------
+    BadRequest
+        If nothing is installed that reads such a URL.
+    """
+    protocol = uri.partition("://")[0]
+    options: dict[str, Any] = {}
+    if _is_web(uri) and "client_kwargs" not in fsspec.config.conf.get(protocol, {}):
+        import aiohttp
+
+        patience = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_SILENT_SECONDS)
+        options["client_kwargs"] = {"timeout": patience}
+    try:
+        system, path = fsspec.core.url_to_fs(uri, **options)
+    except ImportError as error:
+        library = known_implementations.get(protocol, {"class": protocol})["class"].partition(".")[0]
+        raise BadRequest(
+            f"{uri}: {protocol}:// is read by {library}, which is not here; pip install {library}"
+        ) from error
+    except ValueError as error:
+        raise BadRequest(f"{uri}: {protocol}:// is not read ({error}); give a folder, or s3:// or https://") from error
+    return system, path
+
+
+@contextmanager
+def _fetching(uri: str) -> Iterator[None]:
+    """Turn what a file system raises into an error of ours: each has its own kinds."""
+    try:
+        yield
+    except GalembedError:
+        raise
+    except FileNotFoundError as error:
+        # fsspec says so of a web page whatever went wrong; the cause knows.
+        cause = error.__cause__ if _is_web(uri) else None
+        if cause is None or getattr(cause, "status", None) in (404, 410):
+            raise UnreadableInput(f"{uri} is missing; fetch it again") from error
+        raise _unfetched(uri, cause) from error
+    except Exception as error:
+        if is_url(uri):
+            _file_system(uri)[0].invalidate_cache()  # S3 refuses a file that was replaced since it was listed
+        raise _unfetched(uri, error) from error
+
+
+def _unfetched(uri: str, error: BaseException) -> UnreadableInput:
+    what, check = ("fetched", "address, network and credentials") if is_url(uri) else ("read", "its permissions")
+    return UnreadableInput(f"{uri} cannot be {what} ({type(error).__name__}: {error}); check {check}, then try again")
+
+
+class _Fetched(io.RawIOBase):
+    """A remote file whose failures are told apart from damage."""
+
+    def __init__(self, uri: str, stream: IO[bytes], whole: Callable[[], bytes]) -> None:
+        self._uri = uri
+        self._whole = whole
+        with _fetching(uri):
+            # Without a size there is no random access.
+            self._stream = stream if getattr(stream, "size", None) is not None else self._download(stream)
+
+    def _download(self, stream: IO[bytes]) -> IO[bytes]:
+        stream.close()
+        return io.BytesIO(self._whole())
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._stream.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        with _fetching(self._uri):
+            at = self._stream.tell()
+            try:
+                data = self._stream.read(len(buffer))
+            except ValueError:  # fsspec's for a server that gives whole files only
+                self._stream = self._download(self._stream)
+                self._stream.seek(at)
+                data = self._stream.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._stream.close()
+        super().close()
 
 
 _BLOCK: Final = 2880

@@ -356,12 +356,24 @@ def celestial_wcs(header: fits.Header) -> WCS | None:
             paired = all((f"{name}1" in header) == (f"{name}2" in header) for name in ("CRPIX", "CRVAL"))
             wcs = WCS(header, naxis=2)
             if numbers and paired and wcs.has_celestial and _plausible(wcs):
-                return wcs
+                if _equatorial(wcs):
+                    return wcs
+                reason = f"{wcs.wcs.radesys or 'its frame'}: only RA, then Dec, in ICRS or FK5 of J2000 is read"
     except Exception as error:  # wcslib and its wrappers refuse damaged headers in many ways
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     raise UnreadableInput(
         f"damaged: the sky WCS ({', '.join(name or 'nothing' for name in types)}) cannot be used ({reason}); "
         "fetch the file again, or delete CTYPE1 and CTYPE2 if it has no place on the sky"
+    )
+
+
+def _equatorial(wcs: WCS) -> bool:
+    """Tell whether the axes are RA and Dec in ICRS, or in FK5 of J2000, which differs by less than 0.1 arcsec."""
+    equinox = wcs.wcs.equinox
+    return bool(
+        (wcs.wcs.lng, wcs.wcs.lat) == (0, 1)
+        and str(wcs.wcs.lngtyp).strip() == "RA"
+        and (wcs.wcs.radesys.strip() in ("", "ICRS") or (wcs.wcs.radesys.strip() == "FK5" and equinox == 2000))
     )
 
 

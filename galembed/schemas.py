@@ -180,7 +180,7 @@ class StoreContract:
     source : str
         Path of the survey or folder, for pictures.
     survey : str
-        Survey of the first rows: a name, or the path of its description.
+        Survey of the first rows: a name, or the path and digest of its description.
     fov : str
         The user's field of view (``30`` arcsec, ``gz_decals``); empty for the backbone's own rule.
     """
@@ -229,6 +229,12 @@ class StoreContract:
         ArtifactMismatch
             Naming the first property that differs and what to do.
         """
+        (path, _, digest), (other_path, _, other_digest) = self.survey.partition("#"), other.survey.partition("#")
+        if path == other_path and digest != other_digest:
+            raise ArtifactMismatch(
+                f"the store was made with another text of {path}, so its pixels may have another unit; restore the "
+                "description, or use another --store"
+            )
         for name, consequence in (
             ("embedding_id", "vectors of two backbones cannot be compared"),
             ("head_id", "vote fractions of two question heads are not mixed"),

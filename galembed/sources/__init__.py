@@ -23,7 +23,7 @@ from galembed.errors import BadRequest, GalembedError, UnreadableInput
 from galembed.files import FITS_ENDINGS, find_files, relative, resolve
 from galembed.mappings import LEGACY_DR2, ROLES
 from galembed.schemas import SOURCES, StoreContract, conform
-from galembed.surveys import DESCRIPTIONS
+from galembed.surveys import survey_reference
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,8 @@ def open_source(
     Parameters
     ----------
     source : str or Path
-        A folder or fsspec URL of FITS cutouts, of JPEG or PNG, of Parquet files with an image column, or a tree of
-        survey tiles.
+        A folder or fsspec URL of FITS cutouts, of JPEG or PNG, or a tree of survey tiles; a local folder of Parquet
+        files with an image column.
     catalogue : str or Path, optional
         A table (`galembed.catalogues.read_catalogue`): needed for tiles; for a folder it adds columns, matched by id.
     survey : str, optional
@@ -145,8 +145,8 @@ def open_source(
         If it holds more than one kind of thing or survey, or tiles without a catalogue.
     """
     root = resolve(source)
-    if survey is not None and survey.lower().endswith(DESCRIPTIONS):
-        survey = resolve(survey)  # workers read it again, wherever they run
+    if survey is not None:
+        survey = survey_reference(survey)  # workers read a description again, wherever they run
     if crop is not None and not 0 < crop <= 1:
         raise BadRequest(f"--crop must lie in (0, 1], got {crop}")
     options = Options(
@@ -247,6 +247,8 @@ def _unrecognised(root: str, files: list[str], survey: str | None) -> GalembedEr
             reasons.append(error)
     # A table or a damaged file beside the images explains nothing.
     reason = next((error for error in reasons if not isinstance(error, UnreadableInput)), reasons[0])
+    if isinstance(reason, UnreadableInput):
+        return UnreadableInput(f"{root} holds {len(files)} FITS file(s) and no image that can be read, as in {reason}")
     return type(reason)(
         f"{root} holds {len(files)} FITS file(s) of no survey that is recognised, as in {reason}.\n"
         "Say which survey with --survey NAME (`galembed surveys` lists them), or describe the files in FILE.yaml and "
@@ -324,7 +326,7 @@ def _reader_of(uri: str, survey: str, store: StoreContract) -> SourceReader:
     if store.input_kind == "display":
         return (ImageTableReader if _TABLE_ROW.search(uri) else ImageReader)(store.source, crop=store.crop)
     reference = survey if survey in SURVEYS else store.survey
-    layout = layout_of(uri, load_survey(reference), store.source)
+    layout = layout_of(uri, load_survey(reference))
     if layout.scope == "tile":
         return TileReader(store.source, "", reference, layout.name, store.bands)
     return CutoutReader(store.source, reference, layout.name, store.bands, crop=store.crop)

@@ -110,7 +110,7 @@ class CutoutReader:
                 yield number, error
 
     def _cutout(self, row: Mapping[str, Any], contract: InputContract) -> Cutout:
-        files: TileFiles = tile_files(row["source_uri"], self._layout, self.root)
+        files: TileFiles = tile_files(row["source_uri"], self._layout)
         tile = OpenTile(files, self._layout, tuple(self.bands.values()))
         try:
             return self._cut(tile, row, contract)

@@ -70,7 +70,8 @@ def list_places(
         table = table.set_column(table.column_names.index("fov"), SOURCES.field("fov"), fields_of_view(fov, table))
     if "r90" in table.column_names:
         table = table.drop_columns("r90")
-    return SourceList(table, rejected)
+    table, unusable = split_unusable(table, fixed=bool(fov), placed=False)
+    return SourceList(table, pa.concat_tables([rejected, unusable]))
 
 
 def fields_of_view(rule: str, table: pa.Table) -> pa.Array:
@@ -104,7 +105,7 @@ def fields_of_view(rule: str, table: pa.Table) -> pa.Array:
         )
     r50, r90 = (table[name].to_numpy(zero_copy_only=False).astype(float) for name in ("size", "r90"))
     side = 424 * np.maximum(np.minimum(0.04 * r50, 0.02 * r90), 0.1)
-    return pa.array(side, pa.float64(), mask=~np.isfinite(side))
+    return pa.array(side, pa.float64(), mask=~((r50 >= 0) & (r90 >= 0) & np.isfinite(side)))
 
 
 def split_duplicates(table: pa.Table) -> tuple[pa.Table, pa.Table]:
@@ -134,22 +135,26 @@ def reject(rows: pa.Table, reason: str, messages: list[str]) -> pa.Table:
     return rows
 
 
-def split_unusable(table: pa.Table, *, fixed: bool = False) -> tuple[pa.Table, pa.Table]:
-    """Part the rows without an id, a finite position or a possible size from the rest.
+def split_unusable(table: pa.Table, *, fixed: bool = False, placed: bool = True) -> tuple[pa.Table, pa.Table]:
+    """Part the rows without an id, a possible position or a possible size from the rest.
 
     Parameters
     ----------
     table : pa.Table
     fixed : bool
         The user fixes the field of view, so that `fov` counts and not `size`.
+    placed : bool
+        A source without position or size is none. False for files: theirs may be in the header, or nowhere.
     """
     ra, dec, size, fov = (
         table[name].to_numpy(zero_copy_only=False).astype(float) for name in ("ra", "dec", "size", "fov")
     )
     # A size of 0 is a point source; a catalogue without any size leaves the field to the backbone.
-    impossible = ~np.isfinite(fov) if fixed else (size < 0) | (np.isnan(size) & np.isfinite(size).any())
+    unsized = np.isnan(size) & (placed and np.isfinite(size).any())
+    impossible = ~np.isfinite(fov) if fixed else (size < 0) | unsized
     nameless = pc.equal(pc.fill_null(table["source_id"], ""), "").to_numpy(zero_copy_only=False)
-    nowhere = ~nameless & (~np.isfinite(ra) | ~np.isfinite(dec) | (np.abs(np.nan_to_num(dec)) > 90))
+    unplaced = ~np.isfinite(ra) | ~np.isfinite(dec)
+    nowhere = ~nameless & ((unplaced & placed) | (np.abs(np.nan_to_num(dec)) > 90) | (np.abs(np.nan_to_num(ra)) > 360))
     sizeless = ~nameless & ~nowhere & impossible
     parts = []
     for mask, reason, text in (

@@ -113,7 +113,7 @@ def find_tiles(files: Iterable[str], layout: Layout, root: str) -> dict[str, Til
                     f"{other} and {path} are both band {named.band or '(unnamed)'} of {named.tile}; "
                     "give the sub-folder of one of them"
                 )
-            loser = path if named.version < version else other
+            loser = path if _in_order(named.version) < _in_order(version) else other
             older.setdefault(uri, []).append(loser)
             if loser == path:
                 continue
@@ -125,19 +125,21 @@ def find_tiles(files: Iterable[str], layout: Layout, root: str) -> dict[str, Til
     }
 
 
-@lru_cache(maxsize=256)
-def _listing(folder: str) -> tuple[str, ...]:
-    if is_url(folder):
-        return tuple(find_files(folder, FITS_ENDINGS))
-    return tuple(f"{folder}/{name}" for name in sorted(os.listdir(folder)) if name.lower().endswith(FITS_ENDINGS))
+def _in_order(version: str) -> list[tuple[int, str]]:
+    """Return a key by which v7.10 comes after v7.2."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", version)]
 
 
-@lru_cache(maxsize=4)
-def _tree(root: str, layout: Layout) -> dict[str, TileFiles]:
-    return find_tiles(find_files(root, FITS_ENDINGS), layout, root)
+@lru_cache(maxsize=64)
+def _tiles_in(folder: str, layout: Layout, changed: int) -> dict[str, TileFiles]:
+    """Return the tiles of a folder, or of the tree below it; `changed` is when the folder was."""
+    if layout.by_folder and not is_url(folder):
+        names = sorted(name for name in os.listdir(folder) if name.lower().endswith(FITS_ENDINGS))
+        return find_tiles([f"{folder}/{name}" for name in names], layout, folder)
+    return find_tiles(find_files(folder, FITS_ENDINGS), layout, folder)
 
 
-def tile_files(uri: str, layout: Layout, root: str) -> TileFiles:
+def tile_files(uri: str, layout: Layout) -> TileFiles:
     """Return the files of a tile by its name, from its folder where the layout keeps them together.
 
     Raises
@@ -149,16 +151,19 @@ def tile_files(uri: str, layout: Layout, root: str) -> TileFiles:
         return TileFiles(uri, {("image", ""): uri})
     folder = uri.rpartition("/")[0]
     try:
-        tiles = find_tiles(_listing(folder), layout, root) if layout.by_folder else _tree(root, layout)
+        changed = 0 if is_url(folder) else os.stat(folder).st_mtime_ns
+        tiles = _tiles_in(folder, layout, changed)
+        if uri not in tiles:  # below the folder, files may have come since
+            _tiles_in.cache_clear()
+            tiles = _tiles_in(folder, layout, changed)
     except OSError as error:
         raise UnreadableInput(f"{folder} cannot be listed ({error}); bring it back, then use --retry-failed") from error
     if uri not in tiles:
-        _listing.cache_clear()  # it may have come since
         raise UnreadableInput(f"{uri}: no image file of that name; bring it back, then use --retry-failed")
     return tiles[uri]
 
 
-def layout_of(uri: str, survey: Survey, root: str) -> Layout:
+def layout_of(uri: str, survey: Survey) -> Layout:
     """Return the layout of a survey that a stored uri belongs to.
 
     Raises
@@ -166,13 +171,15 @@ def layout_of(uri: str, survey: Survey, root: str) -> Layout:
     UnreadableInput
         If its files are no longer there.
     """
+    single = uri.lower().endswith(FITS_ENDINGS)
     for layout in survey.layouts:
+        if single and (layout.scope != "cutout" or layout.parse(uri.rpartition("/")[2]) is None):
+            continue
         try:
-            tile_files(uri, layout, root)
+            tile_files(uri, layout)
         except GalembedError:
             continue
-        if layout.parse(uri.rpartition("/")[2]) is not None or not uri.lower().endswith(FITS_ENDINGS):
-            return layout
+        return layout
     raise UnreadableInput(f"{uri}: no file of that name any more; bring it back")
 
 

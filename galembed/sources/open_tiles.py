@@ -189,7 +189,7 @@ class OpenTile:
         return flux
 
     def _cut_grid(self, grid: _Grid, view: View) -> NDArray[np.float32]:
-        if view.wcs is grid.wcs:
+        if view.wcs is grid.wcs and (view.wcs is not None or grid.shape == self.reference.shape):
             center, scale, bent, corners = (view.x, view.y), 1.0, 0.0, [view.side / 2 + max(view.step, 1.0) * 2 + 1] * 2
         else:
             center, matrix = _placed(view, grid)

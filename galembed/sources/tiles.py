@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -19,7 +19,7 @@ from scipy.spatial import cKDTree
 from galembed.backbones import InputContract
 from galembed.catalogues import read_catalogue
 from galembed.cutouts import Cutout, require_coverage
-from galembed.errors import BadRequest, GalembedError, MissingWCS, NoData, UnreadableInput
+from galembed.errors import BadRequest, GalembedError, MissingBand, MissingWCS, NoData, UnreadableInput
 from galembed.files import FITS_ENDINGS, file_version, find_files, relative
 from galembed.mappings import ROLES
 from galembed.planes import OpenFiles, Plane
@@ -38,12 +38,15 @@ RICE tiles, image and inverse variance: 3600 x 3600 planes 220 ms, sections of 1
 
 _STRIP_PIXELS: Final = 100
 
+_OF_A_MAP: Final = {"doc": "from the survey's map, at the source"}
+"""Metadata of a column that tiles' maps fill."""
+
 MOST_TILES: Final = 4
 """Tiles that a cutout is assembled from, at most."""
 
 _LARGEST_TILE_DEG: Final = 1.5
-_REACH_RADII: Final = 14.0  # wider than any backbone's field, with the margin that training adds
-_REACH_ARCSEC: Final = (60.0, 300.0)
+_REACH_RADII: Final = 14.0  # half as wide again as the built-in backbone's field: the margin that training adds
+_REACH_ARCSEC: Final = (60.0, 600.0)
 
 _recent: dict[int, dict[tuple[Any, ...], OpenTile]] = {}
 """Open tiles of each thread."""
@@ -131,11 +134,11 @@ class TileReader:
         tiles = find_tiles(find_files(self.root, FITS_ENDINGS), self._layout, self.root)
         for name, unit in self._maps(tiles.values()).items():
             if name not in table.column_names:
-                maps = pa.field(name, pa.float32(), metadata={"unit": unit})
+                maps = pa.field(name, pa.float32(), metadata={"unit": unit, **_OF_A_MAP})
                 table = table.append_column(maps, pa.nulls(count, pa.float32()))
         table, twice = split_duplicates(table)
         table, unusable = split_unusable(table, fixed=bool(self.fov))
-        assigned = assign(table, tiles, self._layout)
+        assigned = assign(table, tiles, self._layout, self.bands.values())
         for name, values in (
             ("source_uri", assigned.uris),
             ("source_version", assigned.versions),
@@ -177,7 +180,9 @@ class TileReader:
             (kind, band)
             for kind in self._layout.carried
             for band in dict.fromkeys(self.bands.values())
-            if (name := f"{kind}_{band}") in rows.column_names and rows[name].null_count == len(rows)
+            if (name := f"{kind}_{band}") in rows.column_names
+            and _OF_A_MAP.items()
+            <= {k.decode(): v.decode() for k, v in (rows.field(name).metadata or {}).items()}.items()
         ]
         by_tile: dict[str | None, list[int]] = {}
         for number, row in enumerate(table):
@@ -245,21 +250,24 @@ class TileReader:
         before = tile.read_seconds
         flux = tile.cut(view)
         seconds, opened, used, partial = tile.read_seconds - before, 0, [], False
-        if view.crosses(reference.shape):
-            outside = view.outside(reference.shape)
-            for uri in row["neighbours"] or ():
-                if not np.isnan(flux[:, outside]).any():
-                    break
+        crosses = view.crosses(reference.shape)
+        for uri in row["neighbours"] or ():
+            if not np.isnan(flux).any():
+                break
+            try:
                 other, fresh = self._opened(uri, keep=tile)
-                before = 0.0 if fresh else other.read_seconds
-                opened += fresh
-                filling = other.cut(view)
-                seconds += other.read_seconds - before
-                new = np.isnan(flux) & np.isfinite(filling)
-                if new.any():
-                    flux[new] = filling[new]
-                    used.append(uri)
-            partial = bool(np.isnan(flux[:, outside]).any())
+            except MissingBand:
+                continue  # a tile at the edge of one band's survey; a damaged one fails the source
+            before = 0.0 if fresh else other.read_seconds
+            opened += fresh
+            filling = other.cut(view)
+            seconds += other.read_seconds - before
+            new = np.isnan(flux) & np.isfinite(filling)
+            if new.any():
+                flux[new] = filling[new]
+                used.append(uri)
+        if crosses:
+            partial = bool(np.isnan(flux[:, view.outside(reference.shape)]).any())
         flux = ordered(flux, tile.bands, self.bands)
         worst = require_coverage(flux, tuple(self.bands[role] for role in ROLES), self.min_coverage)
         flags = flags_of(flux, partial=partial, star_share=tile.star_share(view))
@@ -270,7 +278,7 @@ class TileReader:
 
         This thread's last few stay open: the next partition is often of the same one, and so are neighbours.
         """
-        files = tile_files(uri, self._layout, self.root)
+        files = tile_files(uri, self._layout)
         tiles = _recent.setdefault(threading.get_ident(), {})
         key = (uri, self.survey, self.layout, *self.bands.values(), file_version(*files.files.values()))
         fresh = key not in tiles
@@ -314,7 +322,7 @@ class Assigned:
     unreadable: Mapping[str, GalembedError]
 
 
-def assign(table: pa.Table, tiles: Mapping[str, TileFiles], layout: Layout) -> Assigned:
+def assign(table: pa.Table, tiles: Mapping[str, TileFiles], layout: Layout, bands: Collection[str] = ()) -> Assigned:
     """Find the tiles of sources.
 
     Parameters
@@ -323,6 +331,8 @@ def assign(table: pa.Table, tiles: Mapping[str, TileFiles], layout: Layout) -> A
         With finite `ra` and `dec`, `size` and `fov`.
     tiles : mapping of str to TileFiles
     layout : Layout
+    bands : collection of str
+        A tile that has them all, by its files' names, comes before one that has not.
 
     Raises
     ------
@@ -344,7 +354,9 @@ def assign(table: pa.Table, tiles: Mapping[str, TileFiles], layout: Layout) -> A
         np.concatenate([pair[at] for pair in pairs]) if pairs else np.empty(0, int) for at in range(3)
     )
     near = depth > -reach[rows] * np.sqrt(2)
-    order = np.lexsort((-depth[near], rows[near]))
+    lacking = np.array([bool(tile.bands) and not set(bands) <= set(tile.bands) for tile in tiles.values()])
+    off = depth[near] <= 0
+    order = np.lexsort((-depth[near], lacking[numbers[near]], off, rows[near]))
     rows, numbers, depth = rows[near][order], numbers[near][order], depth[near][order]
     first = np.append(True, np.diff(rows) != 0)[: len(rows)]
     on = first & (depth > 0)
@@ -352,11 +364,16 @@ def assign(table: pa.Table, tiles: Mapping[str, TileFiles], layout: Layout) -> A
     best[rows[on]] = numbers[on]
     edge = np.full(len(ra), np.inf)
     edge[rows[on]] = depth[on]
-    others = ~on & (best[rows] >= 0) & (edge[rows] < reach[rows])
+    # One that holds the source may have data where the first has none.
+    others = ~on & (best[rows] >= 0) & ((edge[rows] < reach[rows]) | (depth > 0))
+    last = [name.rpartition("/")[2] for name in names]
     reached: dict[int, list[int]] = {}
     for row, number in zip(rows[others].tolist(), numbers[others].tolist(), strict=True):
-        if len(reached.setdefault(row, [])) < MOST_TILES - 1:
-            reached[row].append(number)
+        taken = reached.setdefault(row, [])
+        # A brick of the same name (north and south) covers the same sky and would take the place of another.
+        if len(taken) < MOST_TILES - 1 and last[number] not in {last[at] for at in (int(best[row]), *taken)}:
+            taken.append(number)
+    reached = {row: taken for row, taken in reached.items() if taken}
 
     @cache
     def version(*numbers: int) -> str:

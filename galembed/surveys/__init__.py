@@ -6,17 +6,19 @@ turns an open tile into planes of one unit and one mask (`galembed.planes`).
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Final
 
 from astropy.io import fits
 
-from galembed.errors import BadRequest, MissingBand, UnreadableInput
+from galembed.errors import ArtifactMismatch, ArtifactNotFound, BadRequest, MissingBand, UnreadableInput
 from galembed.mappings import ROLES
 from galembed.planes import OpenFiles, Plane
 
@@ -181,28 +183,56 @@ SURVEYS: Final = ("legacy", "hsc", "sdss", "panstarrs", "euclid", "rubin", "jwst
 """Names of the surveys that are known, in the order in which they are tried."""
 
 
-@cache
+def survey_reference(name: str) -> str:
+    """Return what readers and stores keep of a survey: its name, or a description's path and digest.
+
+    Raises
+    ------
+    ArtifactNotFound
+        If there is no such description.
+    """
+    if not name.lower().endswith(DESCRIPTIONS):
+        return name
+    path = Path(name).resolve()
+    if not path.exists():
+        raise ArtifactNotFound(f"no survey description at {path}")
+    return f"{path}#{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+
+
 def load_survey(name: str) -> Survey:
     """Return a survey's record.
 
     Parameters
     ----------
     name : str
-        One of `SURVEYS`, or the path of a description (YAML or TOML; see `galembed.surveys.generic`).
+        One of `SURVEYS`, the path of a description (`galembed.surveys.generic`), or a reference to one as
+        `survey_reference` gives it.
 
     Raises
     ------
     BadRequest
         If there is no such survey, or the description cannot be read.
+    ArtifactMismatch
+        If the description is not the one that was referred to.
     """
+    return _load(name if "#" in name else survey_reference(name))
+
+
+@cache
+def _load(name: str) -> Survey:
     if name in SURVEYS:
         survey = import_module(f"galembed.surveys.{name}").SURVEY
         assert isinstance(survey, Survey)
         return survey
-    if name.lower().endswith(DESCRIPTIONS):
+    path, mark, _ = name.partition("#")
+    if path.lower().endswith(DESCRIPTIONS):
         from galembed.surveys.generic import read_description
 
-        return read_description(name)
+        if mark and survey_reference(path) != name:
+            raise ArtifactMismatch(
+                f"{path} was changed since it was used ({name.rpartition('#')[2]}); restore it, or use another --store"
+            )
+        return read_description(path)
     raise BadRequest(
         f"survey {name!r} is unknown; known are {', '.join(SURVEYS)}, or give a description (.yaml or .toml)"
     )

@@ -51,7 +51,7 @@ from galembed.planes import (
     per_reference_pixel,
     pixel_arcsec,
 )
-from galembed.surveys import Evidence, Fact, Layout, Named, Survey
+from galembed.surveys import SURVEYS, Evidence, Fact, Layout, Named, Survey
 from galembed.surveys.legacy import cube_bands
 
 _ENDING: Final = r"(?:\.fits|\.fit)?(?:\.gz|\.bz2|\.fz)?"
@@ -143,6 +143,8 @@ def _number(data: Mapping[str, Any], item: str) -> float | None:
 
 
 def _checked(told: Description) -> Description:
+    if told.name in SURVEYS:
+        raise BadRequest(f"name: {told.name} is the name of a survey that is known; choose another")
     if told.scope not in ("tile", "cutout"):
         raise BadRequest(f"scope is tile or cutout, got {told.scope!r}")
     if (told.zero_point is None) == (told.unit is None):
@@ -181,6 +183,7 @@ def _survey(told: Description) -> Survey:
         },
         planes=partial(_described_planes, told=told),
         recognise=_never,
+        by_folder=told.scope == "cutout",
     )
     facts = [
         Fact(what, value, Evidence.DOCUMENTED, "the user's description")
@@ -239,6 +242,12 @@ def _described_planes(
         assert image is not None
         weight = _pick(files, "weight", band, None, told, named)
         mask = _pick(files, "mask", band, None, told, named)
+        for kind, template, found in (("weight", told.weight, weight), ("mask", told.mask, mask)):
+            if template is not None and found is None:
+                raise UnreadableInput(
+                    f"{image.where}: the description has a {kind} file {template!r}, and there is none for it; "
+                    f"correct the description, or fetch the {kind}"
+                )
         if weight is None and told.weight_hdu is not None:
             weight = _pick(files, "image", band, told.weight_hdu, told, named)
         if mask is None and told.mask_hdu is not None:
@@ -333,6 +342,11 @@ def _self_described_planes(files: OpenFiles, bands: Sequence[str] | None) -> Map
 def _undescribed(found: Sequence[Pixels], file: fits.HDUList, path: str) -> GalembedError:
     """Say everything that a file's header leaves open."""
     if not found:
+        rows = [hdu.header["NAXIS2"] for hdu in file if isinstance(hdu, fits.BinTableHDU | fits.TableHDU)]
+        if rows:
+            return UnreadableInput(
+                f"{path} is a table of {rows[0]} row(s) and holds no image; a table is given as --catalogue"
+            )
         return UnreadableInput(f"{path} holds no 2-D image and no cube; {contents(file)}")
     header = found[0].hdu.header
     lacking = ["no band keywords (BANDS, BAND0... or BAND)"]
@@ -369,7 +383,7 @@ SURVEY: Final = Survey(
             name="cutout",
             scope="cutout",
             names="any name; BUNIT in the header, and BANDS, BAND0... or BAND",
-            pattern=re.compile(r"(?P<tile>.+?)\.(?:fits|fit)(?:\.fz|\.gz|\.bz2)?", re.IGNORECASE),
+            pattern=re.compile(r"(?P<tile>.+?)\.(?:fits|fit|fts)(?:\.fz|\.gz|\.bz2)?", re.IGNORECASE),
             planes=_self_described_planes,
             recognise=_recognise,
         ),

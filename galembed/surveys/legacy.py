@@ -91,7 +91,6 @@ def _cutout_planes(files: OpenFiles, bands: Sequence[str] | None) -> Mapping[str
             kind = str(hdu.header.get("IMAGETYP", hdu.name) or "image").strip().lower()
             kinds.get(kind, kinds["image"] if kind == "primary" else []).append((number, hdu))
     planes: dict[str, tuple[Plane, ...]] = {}
-    mask = [Pixels(hdu, f"{path}[{number}]") for number, hdu in kinds["maskbits"]]
     for number, hdu in kinds["image"]:
         pieces = _by_band(hdu, number, path)
         if hdu.header["NAXIS"] == 3 or "BAND" not in hdu.header:
@@ -105,15 +104,33 @@ def _cutout_planes(files: OpenFiles, bands: Sequence[str] | None) -> Mapping[str
             }
         for band, image in pieces.items():
             _require_unit(image)
-            plane = _plane(band, image, weights.get(band), mask[0] if len(mask) == 1 else None)
+            plane = _plane(band, image, weights.get(band), _mask_of(hdu.header, kinds["maskbits"], path))
             planes[band] = (*planes.get(band, ()), plane)
     if not planes:
         raise MissingBand(f"{path}: no image with band keywords (BANDS, BAND0... or BAND); {contents(file)}")
     return planes
 
 
+_PIECE: Final = ("BRICK", "BRICK_X0", "BRICK_Y0")
+
+
 def _same_piece(image: fits.Header, other: fits.Header) -> bool:
-    return all(image.get(key) == other.get(key) for key in ("BAND", "BRICK", "BRICK_X0", "BRICK_Y0"))
+    return all(image.get(key) == other.get(key) for key in ("BAND", *_PIECE))
+
+
+def _mask_of(image: fits.Header, masks: Sequence[tuple[int, Any]], path: str) -> Pixels | None:
+    """Return the mask of a piece: the only one, or that of the same brick and place."""
+    fitting = [
+        (number, hdu)
+        for number, hdu in masks
+        if len(masks) == 1 or all(image.get(key) == hdu.header.get(key) for key in _PIECE)
+    ]
+    if masks and len(fitting) != 1:
+        raise UnreadableInput(
+            f"{path}: {len(fitting)} of its {len(masks)} MASKBITS belong to {image.get('BRICK', 'an image')} "
+            f"({', '.join(_PIECE)}); fetch it again"
+        )
+    return Pixels(fitting[0][1], f"{path}[{fitting[0][0]}]") if fitting else None
 
 
 def _by_band(hdu: Any, number: int, path: str, like: Sequence[str] | Mapping[str, Any] = ()) -> dict[str, Pixels]:
@@ -200,7 +217,7 @@ SURVEY: Final = Survey(
             name="cutout",
             scope="cutout",
             names="any name; a cube or 2-D image with BANDS or BAND0..., or one extension per (brick, band)",
-            pattern=re.compile(r"(?P<tile>.+?)\.(?:fits|fit)(?:\.fz|\.gz|\.bz2)?", re.IGNORECASE),
+            pattern=re.compile(r"(?P<tile>.+?)\.(?:fits|fit|fts)(?:\.fz|\.gz|\.bz2)?", re.IGNORECASE),
             planes=_cutout_planes,
             recognise=_recognise_cutout,
         ),

@@ -384,3 +384,125 @@ def test_a_damaged_brick_beside_a_good_one_is_a_row_of_its_own(tmp_path: Path) -
     (good / "legacysurvey-0400p020-image-g.fits.fz").write_bytes(b"SIMPLE")
     with pytest.raises(UnreadableInput, match=r"0400p020-image-g"):
         open_source(tmp_path, catalogue=tmp_path / "s.fits").sources()
+
+
+def positioned(brick_folder: Path, x: float, y: float) -> tuple[float, float]:
+    """The sky position of a pixel of a brick that `write_brick` wrote."""
+    with fits.open(next(brick_folder.glob("*-image-g.fits.fz"))) as hdus:
+        ra, dec = WCS(hdus[1].header).all_pix2world([[x, y]], 0)[0]
+    return float(ra), float(dec)
+
+
+def read_at(root: Path, place: tuple[float, float], side: float = 10.0) -> Cutout | GalembedError:
+    Table({"id": ["a"], "ra": [place[0]], "dec": [place[1]]}).write(root / "s.csv", overwrite=True)
+    return only(root, contract(side), catalogue=root / "s.csv", fov=side)
+
+
+def test_where_a_tile_has_no_data_another_that_covers_the_place_fills_in(tmp_path: Path) -> None:
+    first, _ = write_brick(tmp_path)
+    place = positioned(first, 375.0, 200.0)  # 25 px inside, where the weight is 0
+    assert isinstance(read_at(tmp_path, place, side=8.0), NoData)
+    second, _ = write_brick(tmp_path, "0401p020")
+    for file in second.iterdir():  # there the place is 20 px inside, with data
+        with fits.open(file) as hdus:
+            image, head = np.array(hdus[1].data), hdus[1].header.copy()
+        head["CRPIX1"] -= 355
+        fits.CompImageHDU(image, head, compression_type="RICE_1", tile_shape=(100, 100)).writeto(file, overwrite=True)
+    cutout = read_at(tmp_path, place, side=8.0)
+    assert isinstance(cutout, Cutout)
+    assert cutout.coverage == 1
+    assert cutout.neighbours == (str(second / "legacysurvey-0401p020"),)
+
+
+def test_a_neighbour_without_a_band_is_passed_over(tmp_path: Path) -> None:
+    first, _ = write_brick(tmp_path)
+    write_brick(tmp_path, "0400p021", dec=2.0 + 380 * SCALE / 3600, bands="gr")
+    cutout = read_at(tmp_path, positioned(first, 200.0, 385.0))
+    assert isinstance(cutout, Cutout)
+    assert cutout.flags.split()[0] == "partial"
+    assert cutout.neighbours == ()
+
+
+def test_a_source_goes_to_a_tile_with_all_bands_before_a_deeper_one(tmp_path: Path) -> None:
+    first, _ = write_brick(tmp_path)
+    write_brick(tmp_path, "0400p021", dec=2.0 + 200 * SCALE / 3600, bands="gr")
+    Table({"id": ["a"], "ra": [40.0], "dec": [positioned(first, 200.0, 380.0)[1]]}).write(tmp_path / "s.csv")
+    listed = open_source(tmp_path, catalogue=tmp_path / "s.csv", fov=10).sources().table
+    assert listed["source_uri"][0].as_py().endswith("0400p020")
+
+
+def test_a_north_and_a_south_copy_of_a_brick_take_one_place(tmp_path: Path) -> None:
+    for region in ("north", "south"):
+        for number, offset in enumerate((0, 380)):
+            folder, _ = write_brick(tmp_path / region, f"0400p02{number}", dec=2.0 + offset * SCALE / 3600)
+    Table({"id": ["a"], "ra": [40.0], "dec": [2.0 + 185 * SCALE / 3600]}).write(tmp_path / "s.csv")
+    listed = open_source(tmp_path, catalogue=tmp_path / "s.csv", fov=20).sources().table
+    assert [name[-4:] for name in (listed["source_uri"][0].as_py(), *listed["neighbours"][0].as_py())] == [
+        "p020",
+        "p021",
+    ]
+    assert folder.exists()
+
+
+def test_files_that_come_later_are_seen_in_the_same_process(tmp_path: Path) -> None:
+    folder, place = write_brick(tmp_path)
+    first = read_at(tmp_path, tuple(place))
+    bits = np.zeros((400, 400), np.int32)
+    bits[:, :140] = 1 << 5
+    fits.CompImageHDU(bits, compression_type="RICE_1").writeto(folder / "legacysurvey-0400p020-maskbits.fits.fz")
+    second = read_at(tmp_path, tuple(place))
+    assert isinstance(first, Cutout)
+    assert isinstance(second, Cutout)
+    assert (first.coverage, second.coverage) == (1, pytest.approx(0.5, abs=0.1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"CTYPE1": "GLON-TAN", "CTYPE2": "GLAT-TAN"}, "only RA, then Dec"),
+        ({"CTYPE1": "DEC--TAN", "CTYPE2": "RA---TAN", "CRVAL1": 2.0, "CRVAL2": 40.0}, "only RA, then Dec"),
+        ({"RADESYS": "FK4", "EQUINOX": 1950.0}, "FK4: only RA"),
+    ],
+)
+def test_a_sky_wcs_in_other_coordinates_is_refused(tmp_path: Path, changes: dict[str, object], words: str) -> None:
+    write_cube(tmp_path / "J0.fits")
+    file = write_cube(tmp_path / "J1.fits")
+    with fits.open(file, mode="update") as hdus:
+        hdus[0].header.update(changes)
+    reader = open_source(tmp_path)
+    result = dict(reader.cutouts(reader.sources().table, contract(10)))[1]
+    assert isinstance(result, UnreadableInput)
+    assert words in str(result)
+
+
+def test_impossible_positions_and_radii_of_a_folders_catalogue_are_rejected_rows(tmp_path: Path) -> None:
+    for name in "abcd":
+        write_cube(tmp_path / f"{name}.fits")
+    Table(
+        {
+            "id": list("abc"),
+            "ra": [40.0, -999.0, 40.0],
+            "dec": [2.0, -999.0, 2.0],
+            "petro_th50": [3.0, 3.0, -9999.0],
+            "petro_th90": [9.0, 9.0, -9999.0],
+        }
+    ).write(tmp_path / "c.csv")
+    listing = open_source(tmp_path, catalogue=tmp_path / "c.csv").sources()
+    assert listing.table["source_id"].to_pylist() == ["a", "d"]  # d is in no row, so its header has its place
+    assert listing.rejected["reason"].to_pylist() == ["bad_position", "bad_size"]
+    ruled = open_source(tmp_path, catalogue=tmp_path / "c.csv", fov="gz_decals").sources()
+    assert ruled.table["source_id"].to_pylist() == ["a"]
+    assert ruled.table["fov"].to_pylist() == [pytest.approx(424 * 0.12)]
+    assert ruled.rejected["reason"].to_pylist() == ["bad_position", "bad_size", "bad_size"]
+
+
+def test_folders_behind_links_are_read_once(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    write_cube(elsewhere / "J1.fits")
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "south").symlink_to(elsewhere)
+    (root / "again").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(root)
+    assert len(open_source(root).sources().table) == 1

@@ -8,9 +8,19 @@ import numpy as np
 import pytest
 from astropy.io import fits
 
-from galembed.errors import ArtifactNotFound, BadRequest, GalembedError, MissingBand, UnknownUnit, UnreadableInput
+from galembed.errors import (
+    ArtifactMismatch,
+    ArtifactNotFound,
+    BadRequest,
+    GalembedError,
+    MissingBand,
+    MissingWCS,
+    UnknownUnit,
+    UnreadableInput,
+)
+from galembed.schemas import StoreContract
 from galembed.sources import open_source
-from galembed.surveys import load_survey
+from galembed.surveys import _load, load_survey
 from tests.galembed.surveys.stars import (
     MAGNITUDE,
     assert_star,
@@ -252,3 +262,54 @@ def test_a_real_cube_without_keywords_is_read_by_its_description(shared_data: Pa
     cutout = read_star(tmp_path, side=side, size=50, survey=described(tmp_path, text), fov=side)
     expected = fits.getdata(path)[[0, 1, 4]] * njy(27.0) * (0.262 / 0.168) ** 2
     np.testing.assert_allclose(cutout.pixels, expected, rtol=1e-3, atol=1e-2 * expected.std())
+
+
+def test_a_description_that_changes_is_read_again_and_is_no_longer_the_stores(tmp_path: Path) -> None:
+    write_cubes(tmp_path)
+    path = described(tmp_path, CUBE)
+    before = open_source(tmp_path, survey=path)
+    faint = read_star(tmp_path, survey=path)
+    described(tmp_path, CUBE.replace("30.0", "25.0"))
+    bright = read_star(tmp_path, survey=path)
+    np.testing.assert_allclose(bright.pixels, faint.pixels * 100, rtol=1e-4)
+    after = open_source(tmp_path, survey=path)
+    one, other = (StoreContract("id", "/b", "flux", "fp32", survey=reader.survey) for reader in (before, after))
+    one.require_same(one)
+    with pytest.raises(ArtifactMismatch, match="another text of"):
+        one.require_same(other)
+    _load.cache_clear()  # as in a worker that has not read it yet
+    with pytest.raises(ArtifactMismatch, match="was changed since it was used"):
+        load_survey(before.survey)
+
+
+def test_a_described_weight_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    write_files(tmp_path)
+    text = FILES.replace("D{tile}_{band}_wht.fits", "D{tile}_{band}_weight.fits")
+    with pytest.raises(UnreadableInput, match="has a weight file"):
+        read_star(
+            tmp_path, survey=described(tmp_path, text + "scope: tile\n"), catalogue=write_catalogue(tmp_path / "s.csv")
+        )
+
+
+def test_a_described_tile_may_keep_each_band_in_a_folder(tmp_path: Path) -> None:
+    write_files(tmp_path)
+    for band in BANDS:
+        (tmp_path / band).mkdir()
+        for file in tmp_path.glob(f"D1_{band}*.fits"):
+            file.rename(tmp_path / band / file.name)
+    survey = described(tmp_path, FILES + "scope: tile\n")
+    assert read_star(tmp_path, survey=survey, catalogue=write_catalogue(tmp_path / "s.csv")).coverage > 0.5
+
+
+def test_bands_of_other_shapes_without_a_wcs_are_not_lined_up_by_guess(tmp_path: Path) -> None:
+    for band, size in zip(BANDS, (64, 128, 64), strict=True):
+        fits.writeto(tmp_path / f"c_1_{band}.fits", np.random.default_rng(0).normal(size=(size, size)))
+    text = f"name: x\nfiles: 'c_{{tile}}_{{band}}.fits'\nbands: [g, r, i]\n{ROLES}zero_point: 30.0\npixel_arcsec: 0.2\n"
+    with pytest.raises(MissingWCS, match="bands on different grids"):
+        read_star(tmp_path, survey=described(tmp_path, text))
+
+
+def test_a_description_may_not_take_a_surveys_name(tmp_path: Path) -> None:
+    write_cubes(tmp_path)
+    with pytest.raises(BadRequest, match="sdss is the name of a survey"):
+        open_source(tmp_path, survey=described(tmp_path, CUBE.replace("name: pair", "name: sdss")))

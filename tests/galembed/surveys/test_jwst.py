@@ -266,3 +266,11 @@ def test_mosaics_beside_another_survey_are_an_error_that_names_both(tmp_path: Pa
     fits.writeto(tmp_path / "frame-r-002820-3-0122.fits", np.ones((40, 40), np.float32), header)
     with pytest.raises(BadRequest, match=r"(?s)more than one survey:.*sdss: 1 tile.*jwst: 1 tile.*GRIZLIV"):
         read(tmp_path, roles(MOSAIC))
+
+
+def test_version_ten_is_newer_than_version_two() -> None:
+    layout = next(layout for layout in load_survey("jwst").layouts if layout.name == "mosaic")
+    names = [f"/d/abell-grizli-v7.{minor}-f444w-clear_drc_sci.fits" for minor in (2, 10, 9)]
+    (tile,) = find_tiles(names, layout, "/d").values()
+    assert tile.first_image == names[1]
+    assert tile.superseded == (names[0], names[2])
