@@ -14,6 +14,7 @@ COMMANDS: Final = {
     "simulate": ("training.commands", "Simulate a small survey: bricks, cutouts, catalogue and votes."),
     "train": ("training.commands", "Train a backbone on volunteers' votes."),
     "export": ("export.commands", "Compile a backbone to ONNX and prove it equal."),
+    "questions": ("galembed.commands", "List Galaxy Zoo's questions by campaign, or draw one campaign's."),
     "surveys": ("galembed.commands", "List the surveys that are read, and where each number is from."),
     "look": ("galembed.commands", "Draw a sample of a survey as the backbone will see it."),
     "embed": ("catalogue_jobs.commands", "Embed every source of a survey into a store."),

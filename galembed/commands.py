@@ -1,4 +1,7 @@
-"""Commands on sources and stores: surveys, look, index, search, probe, status. Heavy imports are inside."""
+"""Commands on questions, sources and stores: questions, surveys, look, index, search, probe, status.
+
+Heavy imports are inside.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +33,18 @@ def surveys(name: str | None) -> None:
     from galembed.survey_pages import survey_text, surveys_text
 
     click.echo(surveys_text() if name is None else survey_text(name))
+
+
+@click.command()
+@click.argument("name", required=False)
+def questions(name: str | None) -> None:
+    """List the question trees of Galaxy Zoo's campaigns; with NAME, draw one: what is asked after which answer.
+
+    NAME may also be the path of a tree of your own, as YAML.
+    """
+    from galembed.questions import question_tree, tree_text, trees_text
+
+    click.echo(trees_text() if name is None else tree_text(question_tree(name)))
 
 
 @click.command()

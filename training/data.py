@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from galembed.backbones import FieldOfView, InputContract
-from galembed.catalogues import GUESSES, read_table, source_ids
-from galembed.errors import BadRequest, GalembedError, SchemaMismatch, UnreadableInput
+from galembed.errors import BadRequest, GalembedError, UnreadableInput
 from galembed.questions import QuestionTree
 from galembed.sky import healpix_index
 from galembed.sources import SourceReader, open_source
+from training.votes import read_votes
 
 MARGIN: Final = 1.5
 """Field read for training over the field a network sees, so that rotation and zoom find pixels."""
@@ -70,7 +70,7 @@ def open_voted_images(
         A folder of FITS cutouts or pictures; or what `galembed simulate` wrote, whose parts are then found.
     tree : QuestionTree
     votes : Path, optional
-        A table with an id column and Galaxy Zoo's vote columns.
+        A table for `training.votes.read_votes`.
     catalogue : Path, optional
         Sizes and positions by id.
 
@@ -79,7 +79,7 @@ def open_voted_images(
     BadRequest
         If there is no vote table, or no image has votes.
     SchemaMismatch
-        If a vote column is missing or holds NaN or negative numbers.
+        If the vote table does not fit the tree; see `training.votes.read_votes`.
     """
     source = Path(source)
     if votes is None and (source / "votes.parquet").exists():
@@ -101,33 +101,6 @@ def open_voted_images(
         )
     found = listing.filter(matched)
     return VotedImages(reader, found, counts[at.drop_null().to_numpy()])
-
-
-def read_votes(path: Path, tree: QuestionTree) -> tuple[list[str], NDArray[np.float32]]:
-    """Read a vote table.
-
-    Returns
-    -------
-    ids : list of str
-    votes : ndarray, shape (row, answer), float32
-        Zero where masked (not asked).
-
-    Raises
-    ------
-    SchemaMismatch
-        If a column is missing, or holds NaN or a negative number.
-    """
-    table = read_table(path)
-    ids = source_ids(table)
-    missing = [name for name in tree.columns if name not in table.colnames]
-    if ids is None or missing:
-        what = f"vote column(s) {missing[:3]}" if missing else f"an id column ({', '.join(GUESSES['id'])})"
-        raise SchemaMismatch(f"{path} lacks {what} of the {tree.name} tree; it has {table.colnames[:12]}")
-    votes = np.stack([np.ma.filled(table[name], 0).astype(np.float32) for name in tree.columns], axis=1)
-    bad = [name for name, column in zip(tree.columns, votes.T, strict=True) if not (column >= 0).all()]
-    if bad:
-        raise SchemaMismatch(f"{path}: vote column(s) {bad[:3]} hold NaN or negative numbers; missing votes are zeros")
-    return list(map(str, ids.to_pylist())), votes
 
 
 def is_validation(rows: pa.Table) -> NDArray[np.bool_]:
