@@ -60,6 +60,9 @@ def simulate(
 @click.option("--votes", type=click.Path(path_type=Path), help="Vote table; SOURCE/votes.parquet unless given.")
 @click.option("--catalogue", type=click.Path(path_type=Path), help="Sizes and positions of the images, by id.")
 @click.option("--crop", type=float, help="Centre fraction of images whose size is unknown [default: 0.5].")
+@click.option(
+    "--questions", default="decals_dr5", show_default=True, help="Question tree (`galembed questions`), or a YAML file."
+)
 @click.option("--arch", "architecture", default="convnext_atto", show_default=True, help="A timm model name.")
 @click.option("--size", default=96, show_default=True, help="Pixels on the network's side.")
 @click.option("--epochs", default=10, show_default=True)
@@ -78,6 +81,7 @@ def train(
     votes: Path | None,
     catalogue: Path | None,
     crop: float | None,
+    questions: str,
     architecture: str,
     size: int,
     epochs: int,
@@ -96,6 +100,7 @@ def train(
     from training.fit import train as run
 
     recipe = Recipe(
+        questions=questions,
         architecture=architecture,
         size=size,
         epochs=epochs,

@@ -185,7 +185,10 @@ class TrainingReport:
         rows = "\n".join(
             f"  {name:<22} {value:.3f} (a constant answer: {self.constant_rmse[name]:.3f})"
             for name, value in self.fraction_rmse.items()
+            if np.isfinite(value)
         )
+        silent = sum(not np.isfinite(value) for value in self.fraction_rmse.values())
+        rows += f"\n  {silent} question(s) have too few votes among the validation images" if silent else ""
         return (
             f"backbone {self.backbone.path} ({self.backbone.architecture}, embedding_id "
             f"{self.backbone.embedding_id[:12]})\n"
@@ -257,7 +260,7 @@ def train(
     }
     backbone = save_backbone(
         out,
-        name=name or f"{recipe.architecture}-{recipe.questions}",
+        name=name or f"{recipe.architecture}-{tree.name}",
         architecture=recipe.architecture,
         architecture_args=recipe.architecture_args,
         contract=contract,
