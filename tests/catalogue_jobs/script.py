@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 from catalogue_jobs import run
@@ -13,6 +14,8 @@ FAILING = ("g5", "g50")
 
 
 def main() -> None:
+    # As at a terminal: a shell's background jobs are born with it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     store, backbone, log, delay = sys.argv[1:]
     run.COMMIT_SECONDS = 0.0  # type: ignore[misc]
     run._SMALLEST_PARTITION = 1  # type: ignore[misc]

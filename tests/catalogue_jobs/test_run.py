@@ -238,6 +238,15 @@ def test_a_partition_that_kills_workers_is_halved_down_to_its_culprit() -> None:
     assert [(row["source_id"], row["reason"]) for row in failed] == [("g5", "worker_died")]
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C as at a terminal: a shell's background jobs are born with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_signal_waits_for_the_end_of_a_commit() -> None:
     reached = False
     with pytest.raises(KeyboardInterrupt), run._uninterrupted():  # noqa: PT012
