@@ -65,7 +65,9 @@ def list_places(
     )
     table, rejected = split_duplicates(table)
     if catalogue is not None:
-        table = _with_catalogue(table, read_catalogue(catalogue, columns=columns, carry=carry), str(catalogue))
+        rows = read_catalogue(catalogue, columns=columns, carry=carry)
+        rejected = pa.concat_tables([rejected, _rows_twice(rows, table, str(catalogue))])
+        table = _with_catalogue(table, rows, str(catalogue))
     if fov:
         table = table.set_column(table.column_names.index("fov"), SOURCES.field("fov"), fields_of_view(fov, table))
     if "r90" in table.column_names:
@@ -171,6 +173,21 @@ def _strip(name: str, endings: tuple[str, ...]) -> str:
     lower = name.lower()
     ending = max((ending for ending in endings if lower.endswith(ending)), key=len, default="")
     return name.removesuffix(name[len(name) - len(ending) :]) if ending else name
+
+
+def _rows_twice(catalogue: pa.Table, table: pa.Table, path: str) -> pa.Table:
+    """Return the catalogue rows of a source that an earlier row describes, each under a key of its own."""
+    ids = catalogue["source_id"]
+    here = pc.is_in(ids, value_set=table["source_id"].combine_chunks()).to_numpy(zero_copy_only=False)
+    numbers = np.flatnonzero(duplicate_rows(ids) & here)
+    names = ids.take(pa.array(numbers)).to_pylist()
+    nothing = dict.fromkeys(SOURCES.names) | {"survey": table["survey"][0].as_py()}
+    rows = [nothing | {"source_id": f"{name}#row{n + 1}"} for name, n in zip(names, numbers, strict=True)]
+    messages = [
+        f"{path}: id {name} occurs more than once; row {n + 1} is not used, the first one is"
+        for name, n in zip(names, numbers, strict=True)
+    ]
+    return reject(pa.Table.from_pylist(rows, SOURCES), "duplicate_key", messages)
 
 
 def _with_catalogue(table: pa.Table, catalogue: pa.Table, path: str) -> pa.Table:

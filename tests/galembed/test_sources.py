@@ -506,3 +506,12 @@ def test_folders_behind_links_are_read_once(tmp_path: Path) -> None:
     (root / "again").symlink_to(elsewhere)
     (elsewhere / "back").symlink_to(root)
     assert len(open_source(root).sources().table) == 1
+
+
+def test_a_second_catalogue_row_of_a_file_is_a_rejected_row(tmp_path: Path) -> None:
+    write_cube(tmp_path / "J1.fits")
+    Table({"id": ["J1", "other", "J1", "other"], "shape_r": [2.0, 3.0, 4.0, 5.0]}).write(tmp_path / "c.csv")
+    listing = open_source(tmp_path, catalogue=tmp_path / "c.csv").sources()
+    assert listing.table["size"].to_pylist() == [2.0]
+    assert listing.rejected["source_id"].to_pylist() == ["J1#row3"]
+    assert "row 3 is not used" in listing.rejected["message"][0].as_py()
