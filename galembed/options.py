@@ -97,4 +97,6 @@ def recognised(reader: SourceReader) -> str:
     if reader.kind == "display":
         return "display images: colours as they are, no survey"
     played = ", ".join(f"{role} {band}" for role, band in reader.bands.items())
-    return f"{reader.survey}: {played}" + (f"; recognised by {reader.evidence}" if reader.evidence else "")
+    return f"{reader.survey.partition('#')[0]}: {played}" + (
+        f"; recognised by {reader.evidence}" if reader.evidence else ""
+    )

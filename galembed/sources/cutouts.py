@@ -68,7 +68,7 @@ class CutoutReader:
 
     @property
     def _layout(self) -> Layout:
-        return next(layout for layout in self._record.layouts if layout.name == self.layout)
+        return self._record.layout(self.layout)
 
     def sources(self) -> SourceList:
         """Return one source for each cutout; positions come from the headers when the pixels are read."""

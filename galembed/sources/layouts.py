@@ -76,7 +76,8 @@ class Candidate:
         what = "tile(s)" if self.layout.scope == "tile" else "cutout(s)"
         folders = sorted({os.path.dirname(tile.first_image) for tile in self.tiles.values()})
         more = ", ..." if len(folders) > 2 else ""
-        return f"{self.reference}: {len(self.tiles)} {what} in {', '.join(folders[:2])}{more}, by {self.evidence}"
+        name = self.reference.partition("#")[0]
+        return f"{name}: {len(self.tiles)} {what} in {', '.join(folders[:2])}{more}, by {self.evidence}"
 
 
 def find_tiles(files: Iterable[str], layout: Layout, root: str) -> dict[str, TileFiles]:

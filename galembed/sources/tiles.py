@@ -105,7 +105,7 @@ class TileReader:
 
     @property
     def _layout(self) -> Layout:
-        return next(layout for layout in self._record.layouts if layout.name == self.layout)
+        return self._record.layout(self.layout)
 
     def sources(self) -> SourceList:
         """Return the catalogue's rows, each with the tile in which it lies farthest from the edge.

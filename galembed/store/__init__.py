@@ -141,7 +141,15 @@ class Status:
             "backbone": f"{contract.backbone} ({contract.embedding_id[:12]})",
             "vectors": f"{self.dim} numbers, {contract.numeric_class}",
             "input": ", ".join(
-                filter(None, (contract.input_kind, contract.survey, bands, contract.fov and f"field {contract.fov}"))
+                filter(
+                    None,
+                    (
+                        contract.input_kind,
+                        contract.survey.partition("#")[0],
+                        bands,
+                        contract.fov and f"field {contract.fov}",
+                    ),
+                )
             ),
             "columns": ", ".join(self.carried) or "none carried from a catalogue",
             "votes": votes,

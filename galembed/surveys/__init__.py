@@ -172,6 +172,10 @@ class Survey:
     facts: tuple[Fact, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
 
+    def layout(self, name: str) -> Layout:
+        """Return the layout of that name, which it has."""
+        return next(layout for layout in self.layouts if layout.name == name)
+
 
 DESCRIPTIONS: Final = (".yaml", ".yml", ".toml")
 """Endings of a survey's description."""
