@@ -11,8 +11,8 @@ from galembed import __version__
 from galembed.errors import GalembedError
 
 COMMANDS: Final = {
-    "simulate": ("training.commands", "Simulate a small survey: bricks, cutouts, catalogue and votes."),
-    "train": ("training.commands", "Train a backbone on volunteers' votes."),
+    "simulate": ("training.commands.simulate", "Simulate a small survey: bricks, cutouts, catalogue and votes."),
+    "train": ("training.commands.train", "Train a backbone on volunteers' votes."),
     "export": ("export.commands", "Compile a backbone to ONNX and prove it equal."),
     "questions": ("galembed.commands", "List Galaxy Zoo's questions by campaign, or draw one campaign's."),
     "surveys": ("galembed.commands", "List the surveys that are read, and where each number is from."),
