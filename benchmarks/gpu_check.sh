@@ -1,6 +1,34 @@
 #!/usr/bin/env bash
-# Everything that needs an NVIDIA GPU, in one call. Run it from the repository's root in an environment with galembed.
-set -euo pipefail
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
-python -c 'import torch, timm; print("torch", torch.__version__, "timm", timm.__version__, "CUDA", torch.version.cuda)'
-python -m pytest -m gpu -p no:cacheprovider "$@"
+# Everything that needs an NVIDIA GPU, in one call: the tests marked `gpu`, and training in bf16, in fp16 and compiled,
+# which must wait for its data for less than 5% of its time. What it finds goes to gpu-check.md as Markdown; the exit
+# status says whether all of it passed. Run it from the repository's root in an environment with galembed[dev], on an
+# otherwise idle machine; its arguments are pytest's. OUT=file and WORK=folder change where things go.
+set -uo pipefail
+out=${OUT:-gpu-check.md}
+work=${WORK:-$(mktemp -d)}
+mkdir -p "$work"
+failed=0
+
+gpu=$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader) || exit 1
+versions=$(python -c '
+import lightning, timm, torch
+print(f"torch {torch.__version__}, timm {timm.__version__}, lightning {lightning.__version__}, CUDA {torch.version.cuda}")
+assert torch.cuda.is_available(), "torch sees no GPU"') || exit 1
+
+python -m pytest -m gpu -p no:cacheprovider "$@" | tee "$work/pytest.txt"
+[ "${PIPESTATUS[0]}" -eq 0 ] || failed=1
+
+python benchmarks/training_speed.py --work "$work" --images 4500 --batch 128 --epochs 5 --steps 30 --rounds 2 \
+    --workers "$(nproc)" --most-wait 0.05 --out "$work/training.md" \
+    --ours precision=bf16,channels_last=true \
+    --ours precision=fp16,channels_last=true \
+    --ours precision=bf16,channels_last=true,compile=true || failed=1
+
+{
+    printf '`benchmarks/gpu_check.sh` on %s: %s.\n\n' "$(date -I)" "$([ "$failed" -eq 0 ] && echo passed || echo FAILED)"
+    printf 'GPU, driver, memory: %s; %s.\n\n' "$gpu" "$versions"
+    printf 'Tests marked `gpu`: %s.\n\n' "$(tail -n 1 "$work/pytest.txt" | tr -d '=' | xargs)"
+    cat "$work/training.md" || printf 'Training gave no table.\n'
+} > "$out"
+echo "written to $out"
+exit "$failed"

@@ -237,7 +237,9 @@ def _unexpected(error: Exception) -> GalembedError:
 def _infer(batch: list[tuple[int, Cutout]], runtime: Runtime, kind: str, collected: _Collected) -> None:
     result = runtime.embed(np.stack([cutout.pixels for _, cutout in batch]), kind)
     finite = (
-        np.isfinite(result.vectors).all(axis=1) & np.isfinite(result.norms) & np.isfinite(result.fractions).all(axis=1)
+        np.isfinite(result.vectors).all(axis=1)
+        & np.isfinite(result.norms)
+        & np.isfinite(result.predictions).all(axis=1)
     )
     # The unit vector of a zero norm has no direction, whatever the division gave.
     good = finite & (result.norms > 0) & (result.vectors != 0).any(axis=1)
@@ -248,7 +250,7 @@ def _infer(batch: list[tuple[int, Cutout]], runtime: Runtime, kind: str, collect
             else _NonFiniteError("the network returned NaN or infinity for this image")
         )
         collected.failures.append((batch[at][0], "infer", error))
-    collected.vectors.append(Embedded(result.vectors[good], result.norms[good], result.fractions[good]))
+    collected.vectors.append(Embedded(result.vectors[good], result.norms[good], result.predictions[good]))
     for at in np.flatnonzero(good):
         number, cutout = batch[at]
         collected.rows.append(number)
@@ -263,9 +265,9 @@ def _embeddings(
         return schema.empty_table()
     taken = rows.take(pa.array(collected.rows, pa.int64()))
     vectors = np.concatenate([result.vectors for result in collected.vectors]).astype(np.float32)
-    fractions = np.concatenate([result.fractions for result in collected.vectors]).astype(np.float32)
+    predictions = np.concatenate([result.predictions for result in collected.vectors]).astype(np.float32)
     ra, dec, healpix = _positions(taken, collected)
-    names = schema.names[len(schema.names) - fractions.shape[1] :]
+    names = schema.names[len(schema.names) - predictions.shape[1] :]
     columns: dict[str, Any] = {name: taken[name] for name in taken.column_names if name in schema.names}
     for name in {name for cutout in collected.cutouts for name in cutout.carried}:
         values = np.array([cutout.carried.get(name, np.nan) for cutout in collected.cutouts], np.float32)
@@ -284,7 +286,7 @@ def _embeddings(
         "engine": [engine] * count,
         "partition": [partition] * count,
     }
-    columns |= {name: fractions[:, at] for at, name in enumerate(names)}
+    columns |= {name: predictions[:, at] for at, name in enumerate(names)}
     return _table(columns, schema)
 
 

@@ -564,7 +564,7 @@ def _schema(backbone: Backbone, source: SourceReader, listed: pa.Schema, numeric
         If a catalogue column has the name of one of the store's own.
     """
     carried = [item.with_nullable(True) for item in listed if item.name not in SOURCES.names]
-    own = set(embeddings_schema(1, answers=backbone.answers).names)
+    own = set(embeddings_schema(1, answers=backbone.answers, values=backbone.values).names)
     taken = [item.name for item in carried if item.name in own]
     if taken:
         raise SchemaMismatch(
@@ -582,7 +582,9 @@ def _schema(backbone: Backbone, source: SourceReader, listed: pa.Schema, numeric
         survey=source.survey,
         fov=source.fov,
     )
-    return embeddings_schema(backbone.dim, carried=carried, answers=backbone.answers, contract=contract)
+    return embeddings_schema(
+        backbone.dim, carried=carried, answers=backbone.answers, values=backbone.values, contract=contract
+    )
 
 
 def _check_store(store: Path, backbone: Backbone, source: SourceReader) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,15 +24,16 @@ class Fidelity:
         Of centred vectors: raw cosines of a network crowd near 1 and hide damage.
     norm_error : float
         Largest relative difference of the norms.
-    fraction_error : float
-        Largest difference of a predicted vote fraction; 0 without a head.
+    prediction_error : float
+        Largest difference of a predicted vote fraction; of a predicted number, in units of the largest that torch
+        gives. 0 without a head.
     """
 
     images: int
     cosine_min: float
     cosine_median: float
     norm_error: float
-    fraction_error: float
+    prediction_error: float
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready form."""
@@ -45,7 +46,7 @@ class Tolerance:
 
     cosine_min: float = 0.99999
     norm_error: float = 1e-3
-    fraction_error: float = 1e-3
+    prediction_error: float = 1e-3
 
     def require(self, fidelity: Fidelity) -> None:
         """Check an engine.
@@ -60,8 +61,8 @@ class Tolerance:
             faults.append(f"smallest cosine {fidelity.cosine_min:.6f} < {self.cosine_min}")
         if not fidelity.norm_error <= self.norm_error:
             faults.append(f"norm differs by {fidelity.norm_error:.2g} > {self.norm_error:g}")
-        if not fidelity.fraction_error <= self.fraction_error:
-            faults.append(f"a vote fraction differs by {fidelity.fraction_error:.2g} > {self.fraction_error:g}")
+        if not fidelity.prediction_error <= self.prediction_error:
+            faults.append(f"a prediction differs by {fidelity.prediction_error:.2g} > {self.prediction_error:g}")
         if faults:
             raise EmbeddingDrift(
                 f"the engine differs from torch over {fidelity.images} images: {'; '.join(faults)}. "
@@ -69,7 +70,14 @@ class Tolerance:
             )
 
 
-def measure(engine: Runtime, reference: Runtime, inputs: Mapping[str, NDArray[Any]], batch: int = 32) -> Fidelity:
+def measure(
+    engine: Runtime,
+    reference: Runtime,
+    inputs: Mapping[str, NDArray[Any]],
+    batch: int = 32,
+    *,
+    numbers: Sequence[bool] = (),
+) -> Fidelity:
     """Compare an engine with torch.
 
     Parameters
@@ -78,6 +86,8 @@ def measure(engine: Runtime, reference: Runtime, inputs: Mapping[str, NDArray[An
     inputs : mapping of str to ndarray
         Images by door, ``flux`` and ``display``.
     batch : int
+    numbers : sequence of bool
+        Which predicted columns are numbers rather than fractions; none unless given.
 
     Returns
     -------
@@ -90,13 +100,16 @@ def measure(engine: Runtime, reference: Runtime, inputs: Mapping[str, NDArray[An
     ]
     ours, theirs = (_join([pair[side] for pair in pairs]) for side in (0, 1))
     cosine = np.sum(ours.vectors.astype(np.float64) * theirs.vectors, axis=1)
-    differences = np.abs(ours.fractions - theirs.fractions)
+    differences = np.abs(ours.predictions - theirs.predictions)
+    if any(numbers):
+        largest = np.abs(theirs.predictions).max(axis=0)
+        differences /= np.where(np.asarray(numbers) & (largest > 0), largest, 1)
     return Fidelity(
         images=len(cosine),
         cosine_min=float(cosine.min()),
         cosine_median=float(np.median(cosine)),
         norm_error=float(np.max(np.abs(ours.norms - theirs.norms) / np.maximum(theirs.norms, 1e-12))),
-        fraction_error=float(differences.max()) if differences.size else 0.0,
+        prediction_error=float(differences.max()) if differences.size else 0.0,
     )
 
 
@@ -104,5 +117,5 @@ def _join(parts: list[Embedded]) -> Embedded:
     return Embedded(
         np.concatenate([part.vectors for part in parts]),
         np.concatenate([part.norms for part in parts]),
-        np.concatenate([part.fractions for part in parts]),
+        np.concatenate([part.predictions for part in parts]),
     )

@@ -48,7 +48,7 @@ class ExportReport:
         f = self.fidelity
         return (
             f"{self.engine} ({self.megabytes:.1f} MB), equal to torch over {f.images} images: smallest cosine "
-            f"{f.cosine_min:.7f}, norm within {f.norm_error:.1g}, vote fractions within {f.fraction_error:.1g}"
+            f"{f.cosine_min:.7f}, norm within {f.norm_error:.1g}, predictions within {f.prediction_error:.1g}"
         )
 
 
@@ -90,7 +90,8 @@ def export_onnx(
         }
         (Path(scratch) / "onnx-fp32.json").write_text(json.dumps(report), encoding="utf-8")
         engine = OnnxRuntime(backbone, engines=Path(scratch))
-        fidelity = measure(engine, TorchRuntime(backbone), inputs)
+        numbers = [answer in backbone.values for answer in backbone.answers]
+        fidelity = measure(engine, TorchRuntime(backbone), inputs, numbers=numbers)
         tolerance.require(fidelity)
         # The report goes last: an engine without one is not used.
         (backbone.engines / "onnx-fp32.json").unlink(missing_ok=True)
@@ -121,7 +122,7 @@ def _write(backbone: Backbone, path: Path) -> int:
                 dynamo=True,
                 dynamic_shapes=shapes,
                 input_names=["flux", "display"],
-                output_names=["vector", "norm", "fractions"],
+                output_names=["vector", "norm", "predictions"],
                 verbose=False,
             )
             assert program is not None

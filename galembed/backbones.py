@@ -140,8 +140,13 @@ class Backbone:
 
     @property
     def answers(self) -> tuple[str, ...]:
-        """Vote columns that the head predicts, in its order."""
+        """Columns that the head predicts, in its order."""
         return self.questions.columns if self.questions else ()
+
+    @property
+    def values(self) -> dict[str, str]:
+        """Those of `answers` that are numbers instead of fractions, with their units."""
+        return self.questions.values if self.questions else {}
 
     @property
     def reference(self) -> str:
@@ -152,8 +157,7 @@ class Backbone:
     def engines(self) -> Path:
         """Folder of exported engines. The packaged backbone's are kept in the user's cache, by identity."""
         if self.path == builtin_path():
-            cache = os.environ.get("GALEMBED_CACHE") or Path.home() / ".cache" / "galembed"
-            return Path(cache) / "engines" / self.embedding_id[:16]
+            return cache_folder() / "engines" / self.embedding_id[:16]
         return self.path / "engines"
 
     def weights(self) -> dict[str, NDArray[np.float32]]:
@@ -180,6 +184,11 @@ class Backbone:
             raise ArtifactNotFound(f"{path} is missing: the backbone has no sample inputs to check engines on")
         samples: dict[str, NDArray[Any]] = load_file(path)
         return samples
+
+
+def cache_folder() -> Path:
+    """Return the user's folder for what can be computed again: ``GALEMBED_CACHE``, or ``~/.cache/galembed``."""
+    return Path(os.environ.get("GALEMBED_CACHE") or Path.home() / ".cache" / "galembed")
 
 
 def builtin_path() -> Path:
@@ -247,7 +256,7 @@ def save_backbone(
     path : str or Path
         Made if absent; must not hold a backbone already.
     weights : mapping of str to ndarray
-        `encoder.*`, `centring_mean` and, with questions, `head.*` and `precision.*`.
+        `encoder.*`, `centring_mean` and, with questions, `head.*` and, where one counts votes, `precision.*`.
     samples : mapping of str to ndarray
         `flux` and `display`, as `Backbone.samples` returns them.
     half : bool

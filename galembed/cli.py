@@ -13,6 +13,13 @@ from galembed.errors import GalembedError
 COMMANDS: Final = {
     "simulate": ("training.commands.simulate", "Simulate a small survey: bricks, cutouts, catalogue and votes."),
     "train": ("training.commands.train", "Train a backbone on volunteers' votes."),
+    "evaluate": ("training.commands.evaluate", "Score a backbone on volunteers' votes, with volunteers beside it."),
+    "backbone": (
+        "training.commands.backbone",
+        "Import published weights, look at a backbone, prepare one for publishing.",
+    ),
+    "finetune": ("training.commands.finetune", "Teach a backbone to answer your own labels."),
+    "study": ("training.commands.study", "Measure what data, size, weights and labels are worth, with error bars."),
     "export": ("export.commands", "Compile a backbone to ONNX and prove it equal."),
     "questions": ("galembed.commands", "List Galaxy Zoo's questions by campaign, or draw one campaign's."),
     "surveys": ("galembed.commands", "List the surveys that are read, and where each number is from."),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 import timm
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from galembed.backbones import InputContract
 from galembed.mappings import FluxMapping
 from galembed.questions import QuestionTree
+
+FLOOR: Final = 1e-6
+"""Least Dirichlet concentration: as small as the likelihood is computed well for, and less than votes can show."""
 
 
 class GalaxyNetwork(nn.Module):
@@ -29,6 +33,8 @@ class GalaxyNetwork(nn.Module):
         Normalisation of the [0, 1] channels before the encoder.
     answers : sequence of int
         Number of answers of each question; empty for a backbone without a head.
+    kinds : sequence of str
+        ``votes`` or ``value`` for each question (`galembed.questions.Question`); all ``votes`` unless given.
     """
 
     def __init__(
@@ -40,12 +46,14 @@ class GalaxyNetwork(nn.Module):
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
         answers: tuple[int, ...] = (),
+        kinds: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
         self.encoder = timm.create_model(architecture, pretrained=False, num_classes=0, **architecture_args)
         dim = int(self.encoder.num_features)
         self.mapping = mapping
         self.answers = answers
+        self.kinds = kinds or ("votes",) * len(answers)
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
@@ -53,7 +61,8 @@ class GalaxyNetwork(nn.Module):
         self.centring_mean: Tensor
         self.register_buffer("centring_mean", torch.zeros(dim))
         self.head = nn.Linear(dim, sum(answers)) if answers else None
-        self.precision = nn.Linear(dim, len(answers)) if answers else None
+        voted = self.kinds.count("votes")
+        self.precision = nn.Linear(dim, voted) if voted else None
 
     @classmethod
     def for_contract(
@@ -71,6 +80,7 @@ class GalaxyNetwork(nn.Module):
             mean=contract.mean,
             std=contract.std,
             answers=tuple(len(question.answers) for question in questions.questions) if questions else (),
+            kinds=questions.kinds if questions else (),
         )
 
     @property
@@ -97,19 +107,39 @@ class GalaxyNetwork(nn.Module):
         return features
 
     def concentrations(self, features: Tensor) -> Tensor:
-        """Return Dirichlet concentrations (n, answer): expected fraction times precision, per question."""
-        if self.precision is None:
-            raise ValueError("this network has no question head")
-        precision = torch.exp(self.precision(features).float().clamp(-7.0, 7.0))  # (n, question)
-        per_answer = torch.cat([precision[:, [i]].expand(-1, count) for i, count in enumerate(self.answers)], dim=1)
-        return self.fractions(features) * per_answer
+        """Return Dirichlet concentrations (n, answer): expected fraction times precision, at least `FLOOR`.
 
-    def fractions(self, features: Tensor) -> Tensor:
-        """Return expected vote fractions (n, answer), summing to 1 within each question."""
+        The gradient is that without the floor: an answer that is thought impossible and turns out right still teaches.
+        The column of a value holds the predicted number, as in `predictions`: it has no precision.
+        """
+        if self.head is None:
+            raise ValueError("this network has no question head")
+        columns: list[Tensor] = []
+        voted = 0
+        log_precision = None if self.precision is None else _full(self.precision(features)).clamp(-7.0, 7.0)
+        for kind, group in zip(self.kinds, self._answered(features), strict=True):
+            if kind == "votes" and log_precision is not None:
+                logs = group.log_softmax(dim=1) + log_precision[:, [voted]]  # (n, answer of this question)
+                group = torch.exp(logs + (logs.clamp_min(math.log(FLOOR)) - logs).detach())
+                voted += 1
+            columns.append(group)
+        return torch.cat(columns, dim=1)
+
+    def predictions(self, features: Tensor) -> Tensor:
+        """Return what the head predicts (n, answer), float32 or wider.
+
+        Expected fractions, summing to 1 within each question of votes; the number itself, in its unit, for a value. No
+        columns without a head.
+        """
         if self.head is None:
             return features.new_zeros((features.shape[0], 0))
-        logits = self.head(features).float().split(list(self.answers), dim=1)
-        return torch.cat([group.softmax(dim=1) for group in logits], dim=1)
+        groups = zip(self.kinds, self._answered(features), strict=True)
+        return torch.cat([group.softmax(dim=1) if kind == "votes" else group for kind, group in groups], dim=1)
+
+    def _answered(self, features: Tensor) -> Sequence[Tensor]:
+        """Return the head's output question by question, (n, answer of the question) each."""
+        assert self.head is not None
+        return torch.split(_full(self.head(features)), list(self.answers), dim=1)  # type: ignore[no-any-return,no-untyped-call]
 
     def forward(self, flux: Tensor, display: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Embed a batch from both doors at once; either part may be empty.
@@ -127,10 +157,16 @@ class GalaxyNetwork(nn.Module):
             Centred and of unit norm; the flux rows first.
         norm : Tensor, shape (n + m,), float32
             Length of the centred vector before that.
-        fractions : Tensor, shape (n + m, answer), float32
+        predictions : Tensor, shape (n + m, answer), float32
+            See `predictions`.
         """
         channels = torch.cat([self.channels_from_flux(flux), self.channels_from_display(display)])
         features = self.features(channels)
         centred = features.float() - self.centring_mean
         norm = centred.square().sum(dim=1).sqrt()
-        return centred / norm.clamp_min(1e-12)[:, None], norm, self.fractions(features)
+        return centred / norm.clamp_min(1e-12)[:, None], norm, self.predictions(features)
+
+
+def _full(values: Tensor) -> Tensor:
+    """Return values at single precision or more, which a softmax and an exponential need."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -1,4 +1,8 @@
-"""Galaxy Zoo question trees: what volunteers are asked, in which order, and the vote columns that hold the answers."""
+"""Question trees: what a backbone's head answers.
+
+Galaxy Zoo's trees say what volunteers are asked, in which order, and which vote columns hold the answers. A question
+may also ask for a number instead of a choice.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import difflib
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +26,7 @@ WIDTH: Final = 100
 _PACKAGED: Final = Path(__file__).parent / "question_trees"
 _COLUMN: Final = re.compile(r"[A-Za-z0-9_-]+")
 _KEYS: Final = {"name", "suffix", "questions", "campaigns"}
+_QUESTION_KEYS: Final = {"answers", "after", "kind", "unit"}
 
 
 @dataclass(frozen=True)
@@ -35,11 +40,18 @@ class Question:
     answers : tuple of str
     after : tuple of str
         ``question_answer`` of every answer that leads here; empty where the question is always asked.
+    kind : str
+        ``votes``: which of the answers, as the fraction of the votes that each gets; with one vote per galaxy, the
+        probability of each class. ``value``: a number, the question's only answer.
+    unit : str
+        Of a ``value``; empty where it has none.
     """
 
     name: str
     answers: tuple[str, ...]
     after: tuple[str, ...] = ()
+    kind: str = "votes"
+    unit: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,8 +72,9 @@ class QuestionTree:
     Raises
     ------
     SchemaMismatch
-        If there is no question, one has fewer than two answers or is asked after an answer that no earlier question
-        has, or two have a column in common, or names would make columns that are not letters, digits, ``-`` and ``_``.
+        If there is no question, one of votes has fewer than two answers, one of a value has not exactly one, one is
+        asked after an answer that no earlier question of votes has, or two have a column in common, or names would
+        make columns that are not letters, digits, ``-`` and ``_``.
     """
 
     name: str
@@ -80,11 +93,9 @@ class QuestionTree:
                     f"question tree {self.name}: {question.name} is asked after {unknown}, "
                     "which no earlier question has as an answer"
                 )
-            if len(question.answers) < 2:
-                raise SchemaMismatch(
-                    f"question tree {self.name}: {question.name} needs two answers or more, got {question.answers}"
-                )
-            known |= {f"{question.name}_{answer}" for answer in question.answers}
+            _check_kind(self.name, question)
+            if question.kind == "votes":
+                known |= {f"{question.name}_{answer}" for answer in question.answers}
         bad = [column for column in self.columns if not _COLUMN.fullmatch(column)]
         if bad:
             raise SchemaMismatch(
@@ -104,6 +115,16 @@ class QuestionTree:
         return tuple(f"{q.name}{self.suffix}_{answer}" for q in self.questions for answer in q.answers)
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        """``votes`` or ``value``, question by question."""
+        return tuple(question.kind for question in self.questions)
+
+    @property
+    def values(self) -> dict[str, str]:
+        """Columns that hold a number instead of a fraction, with its unit."""
+        return {f"{q.name}{self.suffix}_{q.answers[0]}": q.unit for q in self.questions if q.kind == "value"}
+
+    @property
     def slices(self) -> dict[str, slice]:
         """Where each question's answers lie along the answer axis."""
         ends = np.cumsum([len(q.answers) for q in self.questions])
@@ -115,7 +136,8 @@ class QuestionTree:
         Parameters
         ----------
         fractions : array_like, shape (..., answer)
-            Fraction of each question's votes that an answer gets, in the order of `columns`.
+            Fraction of each question's votes that an answer gets, in the order of `columns`; the columns of values
+            are not looked at.
 
         Returns
         -------
@@ -139,7 +161,10 @@ class QuestionTree:
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready form that `from_dict` reads back."""
         questions = {
-            q.name: {"answers": list(q.answers)} | ({"after": list(q.after)} if q.after else {}) for q in self.questions
+            q.name: {"answers": list(q.answers)}
+            | ({"after": list(q.after)} if q.after else {})
+            | ({"kind": q.kind, "unit": q.unit} if q.kind != "votes" else {})
+            for q in self.questions
         }
         campaigns = {"campaigns": list(self.campaigns)} if self.campaigns else {}
         return {"name": self.name, "suffix": self.suffix, "questions": questions} | campaigns
@@ -168,9 +193,23 @@ class QuestionTree:
         return cls(found["name"], found["suffix"], questions, tuple(map(str, data.get("campaigns", ()))))
 
 
+def _check_kind(tree: str, question: Question) -> None:
+    where, count = f"question tree {tree}: {question.name}", len(question.answers)
+    if question.kind not in ("votes", "value"):
+        raise SchemaMismatch(f"{where} is of kind {question.kind!r}; choose votes or value")
+    if question.kind == "votes" and count < 2:
+        raise SchemaMismatch(f"{where} needs two answers or more, got {question.answers}")
+    if question.kind == "value" and count != 1:
+        raise SchemaMismatch(f"{where} asks for a value, which is one answer, got {question.answers}")
+    if question.kind == "votes" and question.unit:
+        raise SchemaMismatch(f"{where} counts votes, which have no unit, got {question.unit!r}")
+
+
 def _question(name: str, entry: Any) -> Question:
-    if not isinstance(entry, Mapping) or "answers" not in entry or set(entry) - {"answers", "after"}:
-        raise SchemaMismatch(f"question {name} needs answers, and may have after, nothing else; got {entry!r}")
+    if not isinstance(entry, Mapping) or "answers" not in entry or set(entry) - _QUESTION_KEYS:
+        raise SchemaMismatch(
+            f"question {name} needs answers, and may have after, kind and unit, nothing else; got {entry!r}"
+        )
     lists = {key: entry.get(key, []) for key in ("answers", "after")}
     for key, values in lists.items():
         if not isinstance(values, list | tuple):
@@ -179,7 +218,8 @@ def _question(name: str, entry: Any) -> Question:
             if not isinstance(value, str | int) or isinstance(value, bool):
                 hint = '; YAML reads yes and no as that: write "yes" and "no"' if isinstance(value, bool) else ""
                 raise SchemaMismatch(f"question {name}: {key} holds {value!r}, which is no text{hint}")
-    return Question(name, tuple(map(str, lists["answers"])), tuple(map(str, lists["after"])))
+    answers, after = (tuple(map(str, lists[key])) for key in ("answers", "after"))
+    return Question(name, answers, after, str(entry.get("kind", "votes")), str(entry.get("unit", "")))
 
 
 def combined(name: str, trees: Sequence[QuestionTree]) -> QuestionTree:
@@ -209,7 +249,7 @@ def combined(name: str, trees: Sequence[QuestionTree]) -> QuestionTree:
         }
         for question in tree.questions:
             after = tuple(spelt[parent] for parent in question.after)
-            questions.append(Question(f"{question.name}{tree.suffix}", question.answers, after))
+            questions.append(replace(question, name=f"{question.name}{tree.suffix}", after=after))
     return QuestionTree(name, "", tuple(questions), tuple(c for tree in trees for c in tree.campaigns or (tree.name,)))
 
 
@@ -306,6 +346,10 @@ def tree_text(tree: QuestionTree) -> str:
 
 
 def _drawn(tree: QuestionTree, question: Question, indent: str) -> Iterable[str]:
+    if question.kind == "value":
+        unit = f" [{question.unit}]" if question.unit else ""
+        yield _filled(f"a number{unit}, {question.answers[0]}", f"{indent}{question.name}? ", f"{indent}    ")
+        return
     leads = {answer: _led_to(tree, f"{question.name}_{answer}") for answer in question.answers}
     if any(leads.values()):
         yield f"{indent}{question.name}?"

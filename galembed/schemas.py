@@ -87,6 +87,7 @@ def embeddings_schema(
     *,
     carried: Sequence[pa.Field] = (),
     answers: Sequence[str] = (),
+    values: Mapping[str, str] | None = None,
     contract: StoreContract | None = None,
 ) -> pa.Schema:
     """Return the schema of a store's `embeddings` table.
@@ -99,18 +100,12 @@ def embeddings_schema(
         Catalogue columns that travel along, units in their metadata.
     answers : sequence of str
         Vote columns (`smooth-or-featured-dr5_smooth`); each becomes a float32 column named by `fraction_column`.
+    values : mapping of str to str, optional
+        Those of `answers` that are numbers, with their units; named by `value_column`.
     contract : StoreContract, optional
         Written into the schema's metadata.
     """
-    fractions = [
-        pa.field(
-            fraction_column(answer),
-            pa.float32(),
-            nullable=False,
-            metadata={"doc": "predicted fraction of volunteers' votes", _ANSWER: answer},
-        )
-        for answer in answers
-    ]
+    predictions = [_prediction(answer, (values or {}).get(answer)) for answer in answers]
     fields = [
         _SURVEY,
         _SOURCE_ID,
@@ -136,14 +131,25 @@ def embeddings_schema(
         _field("engine", pa.string(), "runtime and digest of the engine that made the vector"),
         _PARTITION,
         *carried,
-        *fractions,
+        *predictions,
     ]
     metadata = {_METADATA_KEY: contract.to_json()} if contract else None
     return pa.schema(fields, metadata=metadata)
 
 
+def _prediction(answer: str, unit: str | None) -> pa.Field:
+    if unit is None:
+        name, metadata = (
+            fraction_column(answer),
+            {"doc": "predicted fraction of the votes, or probability of the class"},
+        )
+    else:
+        name, metadata = value_column(answer), {"doc": "predicted number"} | ({"unit": unit} if unit else {})
+    return pa.field(name, pa.float32(), nullable=False, metadata=metadata | {_ANSWER: answer})
+
+
 def answers_of(schema: pa.Schema) -> dict[str, str]:
-    """Return the vote-fraction columns of a store's schema, with the answer that each predicts."""
+    """Return the prediction columns of a store's schema, with the answer that each is for."""
     marked = ((field.name, (field.metadata or {}).get(_ANSWER)) for field in schema)
     return {name: answer.decode() for name, answer in marked if answer is not None}
 
@@ -154,7 +160,12 @@ def fraction_column(answer: str) -> str:
     Galaxy Zoo's hyphens become underscores, since SQL filters read a hyphen as a minus:
     ``smooth-or-featured-dr5_smooth`` gives ``smooth_or_featured_dr5_smooth_fraction``.
     """
-    return answer.replace("-", "_") + "_fraction"
+    return value_column(answer) + "_fraction"
+
+
+def value_column(answer: str) -> str:
+    """Return the store column of a predicted number: ``bulge-ratio_value`` gives ``bulge_ratio_value``."""
+    return answer.replace("-", "_")
 
 
 @dataclass(frozen=True)
@@ -237,7 +248,7 @@ class StoreContract:
             )
         for name, consequence in (
             ("embedding_id", "vectors of two backbones cannot be compared"),
-            ("head_id", "vote fractions of two question heads are not mixed"),
+            ("head_id", "predictions of two question heads are not mixed"),
             ("input_kind", "flux and display vectors are not mixed"),
             ("numeric_class", "numeric classes are not mixed"),
             ("bands", "all rows of a store use the same bands"),

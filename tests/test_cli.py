@@ -44,7 +44,7 @@ def test_a_usage_error_is_exit_code_2() -> None:
         (["status", "nowhere.lance"], "galembed embed"),
         (["export", "nowhere"], "galembed train"),
         (["embed", "nowhere", "--store", "x.lance"], "does not exist"),
-        (["train", "nowhere", "--out", "b"], "--votes"),
+        (["train", "nowhere", "--out", "b"], "does not exist"),
     ],
 )
 def test_a_missing_input_is_one_sentence_with_what_to_do(

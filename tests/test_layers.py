@@ -48,6 +48,7 @@ FLOORS = {
     "galembed.labels": 7,
     "galembed.probes": 8,
     "galembed.options": 8,
+    "galembed.backbone_pages": 8,
     "galembed.survey_pages": 8,
     "galembed.looks": 8,
     "galembed.commands": 9,
@@ -66,7 +67,13 @@ FORBIDDEN = {
 }
 ONE_ROOM = {
     "torch": ("galembed/network.py", "galembed/runtimes/torch.py", "training/", "export/"),
-    "timm": ("galembed/network.py",),
+    "timm": (
+        "galembed/network.py",
+        "training/hub.py",
+        "training/initial.py",
+        "training/recipe.py",
+        "training/trainer.py",
+    ),
     "onnxruntime": ("galembed/runtimes/onnx.py",),
     "lancedb": ("galembed/store/",),
     "lance": ("galembed/store/",),

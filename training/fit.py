@@ -2,221 +2,97 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-import math
 import shlex
 import sys
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import lightning
 import numpy as np
 import torch
-import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from numpy.typing import NDArray
+from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader
 
-from galembed.backbones import Backbone, FieldOfView, InputContract, save_backbone
+from galembed.backbones import InputContract, save_backbone
 from galembed.errors import BadRequest
-from galembed.mappings import LEGACY_DR2
 from galembed.network import GalaxyNetwork
 from galembed.questions import QuestionTree, question_tree
-from training.augment import Augmentation
-from training.data import EpochOrder, Prepared, PreparedImages, is_validation, open_voted_images, prepare
-from training.loss import dirichlet_multinomial_nll
+from training.batches import FixedBatches, TrainingBatches
+from training.data import MAX_UNREADABLE, Prepared, open_prepared
+from training.initial import Initial
+from training.loss import targets_nll
+from training.recipe import PRECISIONS, Machine, Recipe
+from training.report import Fitted, TrainingReport, question_scores
+from training.splits import SHARES, Shares
+from training.trainer import (
+    BEST,
+    AtomicFiles,
+    Checkpoints,
+    Curves,
+    Interrupted,
+    ProgressBar,
+    VoteTrainer,
+    curve_loggers,
+)
 
 logger = logging.getLogger(__name__)
 
+CHECKPOINT: Final = "last.ckpt"
+RECORD: Final = "run.json"
 
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides what a run gives, besides the data.
+_GOING_ON: Final = ("--resume", "--restart")
 
-    Attributes
-    ----------
-    architecture : str
-        A timm model name.
-    architecture_args : mapping
-        For `timm.create_model`.
-    size : int
-        Pixels on a side.
-    radii : float
-        Field of view in half-light radii.
-    questions : str
-        A packaged question tree.
-    epochs, batch : int
-    learning_rate, weight_decay : float
-        Of AdamW; the rate rises for `warmup` of the run and falls along a cosine.
-    warmup : float
-    coarse : float
-        Share of the epochs, from the first, that see images of half the size: four times as fast, and enough to
-        learn what large scales tell. Validation is always at full size.
-    max_minutes : float
-        End after this long, with the rate's schedule fitted to it; 0 = no limit. A timed run is not repeatable.
-    seed : int
-    """
-
-    architecture: str = "convnext_atto"
-    architecture_args: Mapping[str, Any] = field(default_factory=dict)
-    size: int = 96
-    radii: float = 9.0
-    questions: str = "decals_dr5"
-    epochs: int = 10
-    batch: int = 64
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.05
-    warmup: float = 0.05
-    coarse: float = 0.0
-    max_minutes: float = 0.0
-    seed: int = 0
-    augmentation: Augmentation = field(default_factory=Augmentation)
-
-    def contract(self) -> InputContract:
-        """Return the input contract of the backbone to be."""
-        return InputContract(self.size, FieldOfView(self.radii, 8.0, 120.0), LEGACY_DR2)
-
-
-class VoteTrainer(lightning.LightningModule):  # type: ignore[misc]  # Lightning is read untyped
-    """Fits a `GalaxyNetwork` to votes."""
-
-    def __init__(self, recipe: Recipe, tree: QuestionTree, kind: str, steps: int) -> None:
-        super().__init__()
-        self.recipe, self.kind, self.steps = recipe, kind, steps
-        self.network = GalaxyNetwork.for_contract(
-            recipe.architecture, recipe.architecture_args, recipe.contract(), tree
-        )
-        self.answers = self.network.answers
-        self._started = time.monotonic()
-
-    def channels(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Return network input channels; augmented where there is a generator."""
-        size, augment = self.recipe.size, self.recipe.augmentation
-        if generator is None:
-            return self.network.channels(images, self.kind)
-        if self.current_epoch < self.recipe.coarse * self.recipe.epochs:
-            size //= 2
-            images = F.avg_pool2d(torch.nan_to_num(images.float()), 2)
-        if self.kind == "flux":
-            channels = self.network.channels_from_flux(augment.flux(images, size, generator))
-        else:
-            channels = augment.display(images, size, generator)
-        return augment.channels(channels, generator)
-
-    def loss(self, channels: Tensor, votes: Tensor) -> Tensor:
-        """Return the mean over galaxies of the summed negative log-likelihood of their votes."""
-        concentrations = self.network.concentrations(self.network.features(channels))
-        return dirichlet_multinomial_nll(votes, concentrations, self.answers).sum(dim=1).mean()
-
-    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
-        """Return the loss of an augmented batch; the augmentation follows from seed and step."""
-        images, votes = batch
-        generator = torch.Generator(images.device).manual_seed(self.recipe.seed * 1_000_003 + self.global_step)
-        loss = self.loss(self.channels(images, generator), votes)
-        self.log("train_nll", loss, prog_bar=True)
-        return loss
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
-        """Log the loss of a batch without augmentation."""
-        images, votes = batch
-        self.log("val_nll", self.loss(self.channels(images, None), votes), prog_bar=True, batch_size=len(images))
-
-    def configure_optimizers(self) -> Any:
-        """Return AdamW, without decay of biases and norms, and its schedule."""
-        decayed = [p for p in self.parameters() if p.ndim > 1]
-        plain = [p for p in self.parameters() if p.ndim <= 1]
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": self.recipe.weight_decay},
-                {"params": plain, "weight_decay": 0.0},
-            ],
-            lr=self.recipe.learning_rate,
-        )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def _rate(self, step: int) -> float:
-        done = step / max(self.steps, 1)
-        if self.recipe.max_minutes:
-            done = max(done, (time.monotonic() - self._started) / 60 / self.recipe.max_minutes)
-        rising = (step + 1) / max(1.0, self.recipe.warmup * self.steps)
-        return min(rising, 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
-
-
-@dataclass(frozen=True)
-class TrainingReport:
-    """What a run gave.
-
-    Attributes
-    ----------
-    backbone : Backbone
-    images, validation_images, unreadable : int
-    validation_nll : float
-        Summed over questions, mean over galaxies.
-    fraction_rmse : mapping of str to float
-        Of predicted vote fractions against counted ones, per question, over validation galaxies with at least 20 votes
-        (Zoobot's rule); NaN where there is none.
-    constant_rmse : mapping of str to float
-        The same for the training images' mean fractions: what a network that has learnt nothing reaches.
-    seconds : float
-    images_per_second : float
-        Training images over the seconds in the training loop.
-    """
-
-    backbone: Backbone
-    images: int
-    validation_images: int
-    unreadable: int
-    validation_nll: float
-    fraction_rmse: Mapping[str, float]
-    constant_rmse: Mapping[str, float]
-    seconds: float
-    images_per_second: float
-
-    def __str__(self) -> str:
-        rows = "\n".join(
-            f"  {name:<22} {value:.3f} (a constant answer: {self.constant_rmse[name]:.3f})"
-            for name, value in self.fraction_rmse.items()
-            if np.isfinite(value)
-        )
-        silent = sum(not np.isfinite(value) for value in self.fraction_rmse.values())
-        rows += f"\n  {silent} question(s) have too few votes among the validation images" if silent else ""
-        return (
-            f"backbone {self.backbone.path} ({self.backbone.architecture}, embedding_id "
-            f"{self.backbone.embedding_id[:12]})\n"
-            f"{self.images} images trained on, {self.validation_images} kept for validation, "
-            f"{self.unreadable} unreadable; {self.seconds:.0f} s, {self.images_per_second:.0f} images/s\n"
-            f"validation NLL {self.validation_nll:.3f}; RMSE of vote fractions:\n{rows}"
-        )
+_CHATTER: Final = (
+    "many workers",
+    "Checkpoint directory",
+    "LeafSpec",
+    "logging interval",
+    "not resumable",  # `TrainingBatches` asks where the run stands
+    "in eval mode",
+    "GPU available but not used",
+    "Grad strides do not match",
+    "lr_scheduler.step",  # torch sees a step that Lightning skipped where fp16 overflowed
+)
+"""Parts of Lightning's warnings that nobody can act on."""
 
 
 def train(
-    source: Path,
+    source: str | Path,
     out: Path,
     recipe: Recipe,
     *,
-    votes: Path | None = None,
-    catalogue: Path | None = None,
+    votes: str | Path | None = None,
+    catalogue: str | Path | None = None,
     crop: float | None = None,
+    split_column: str | None = None,
+    shares: Shares = SHARES,
+    max_unreadable: float = MAX_UNREADABLE,
     workers: int = 1,
     half: bool = False,
     name: str | None = None,
+    machine: Machine | None = None,
     resume: bool = False,
+    restart: bool = False,
 ) -> TrainingReport:
     """Train a backbone.
 
+    The same call goes on where an earlier one was killed or interrupted, and ends with the same weights, bit by bit, as
+    one that was not (on the CPU, in fp32, with as many threads and devices; not if `Recipe.max_minutes` is set).
+
     Parameters
     ----------
-    source, votes, catalogue, crop
-        See `training.data.open_voted_images`.
+    source, votes, catalogue, crop, split_column, shares, max_unreadable
+        See `training.data.open_prepared`.
     out : Path
         Backbone directory to make. Logs and checkpoints go to `out` + ``.training``.
     recipe : Recipe
@@ -224,196 +100,386 @@ def train(
         Processes that read images.
     half : bool
         Store the weights as float16.
+    machine : Machine, optional
+        With several devices each is a process that runs this script; only the first returns from here.
     resume : bool
-        Go on from the last finished epoch of an earlier run with the same `out`.
+        Insist that there is a checkpoint to go on from.
+    restart : bool
+        Discard the checkpoint of an earlier run.
 
     Raises
     ------
     BadRequest
-        If `out` holds a backbone already.
+        If `out` holds a backbone already, other than what an interrupted run of the same recipe and data left there;
+        if its checkpoint is of another recipe or other data; if there is nothing to resume.
     """
-    if (out / "backbone.json").exists():
-        raise BadRequest(f"{out} already holds a backbone; choose another --out or remove it")
     started = time.monotonic()
+    machine = machine or Machine()
+    logs = out.with_name(out.name + ".training")
+    _check_out(out, logs, restart=restart)
+    initial = recipe.first_weights()
+    recipe, contract = recipe.settled(initial)
+    facts = {
+        "recipe": asdict(recipe),
+        "contract": contract.to_dict(),
+        "initial": dict(initial.files) if initial else {},
+    }
+    check_run(logs, facts, resume=resume, restart=restart)
     tree = question_tree(recipe.questions)
-    contract = recipe.contract()
-    images = open_voted_images(source, tree, votes=votes, catalogue=catalogue, crop=crop)
-    kind, logs = images.reader.kind, out.with_name(out.name + ".training")
-    prepared, unreadable = prepare(images, contract, logs / "images.npy", workers=workers)
-    for reason in unreadable[:5]:
-        logger.warning("left out: %s", reason)
-    held_out = is_validation(prepared.table)
-    if held_out.all() or not held_out.any():
-        held_out = np.arange(len(prepared)) % 10 == 0  # too few sky cells to choose from
-    training, validation = prepared.take(~held_out), prepared.take(held_out)
-    lightning.seed_everything(recipe.seed, verbose=False)
-    module = VoteTrainer(recipe, tree, kind, recipe.epochs * max(1, len(training) // recipe.batch))
-    seconds, seen = _fit(module, training, validation, logs, resume)
-    network = module.network.cpu().eval()
+    prepared = open_prepared(
+        source,
+        contract,
+        tree,
+        logs,
+        votes=votes,
+        catalogue=catalogue,
+        crop=crop,
+        split_column=split_column,
+        shares=shares,
+        workers=workers,
+        max_unreadable=max_unreadable,
+    )
+    training, validation = prepared.part("train"), prepared.part("validation")
+    for part, name_of_part in ((training, "train on"), (validation, "validate with")):
+        if not len(part):
+            raise BadRequest(f"{source} has no image to {name_of_part}: {len(prepared)} were read; see --validation")
+    network = new_network(recipe, contract, tree, initial)
+    fitted = fit(network, training, validation, recipe, logs, machine=machine, facts=facts)
+    if rank_zero_only.rank:
+        raise SystemExit(0)
+    network.to(fitted.device)
     if half:
         network.half().float()
-    network.centring_mean.copy_(_mean_features(network, training, contract.size, kind))
-    nll, rmse = _validate(network, validation, tree, contract.size, kind)
-    constant = {
-        question: fraction_rmse(_mean_fractions(training.votes[:, where], len(validation)), validation.votes[:, where])
-        for question, where in tree.slices.items()
-    }
+    kind = door(prepared)
+    network.centring_mean.copy_(mean_features(network, training, contract.size))
+    losses, predicted = _predictions(network, validation, contract.size)
+    (out / "backbone.json").unlink(missing_ok=True)  # of this run, when it was interrupted
     backbone = save_backbone(
         out,
         name=name or f"{recipe.architecture}-{tree.name}",
-        architecture=recipe.architecture,
+        architecture=str(recipe.architecture),
         architecture_args=recipe.architecture_args,
         contract=contract,
         questions=tree,
-        weights={key: value.numpy() for key, value in network.state_dict().items()},
-        samples=_samples(network, validation, contract.size, kind),
+        weights={key: value.cpu().numpy() for key, value in network.state_dict().items()},
+        samples=_samples(network.cpu(), validation, contract.size, kind),
         provenance={
-            # A resumed run gives what an unbroken one does, so the word is left out.
-            "command": shlex.join(["galembed", *(word for word in sys.argv[1:] if word != "--resume")]),
+            # A run that went on gives what an unbroken one does, so these words are left out.
+            "command": shlex.join(["galembed", *(word for word in sys.argv[1:] if word not in _GOING_ON)]),
             "recipe": asdict(recipe),
             "images": len(training),
             "simulation": _simulation(source),
-            "validation_nll": round(nll, 4),
+            "initial": _origin(initial),
+            "validation_nll": round(float(losses.sum(axis=1).mean()), 4),
             "versions": {package: version(package) for package in ("galembed", "torch", "timm", "lightning")},
-        },
+        }
+        | ({"interrupted": fitted.steps} if fitted.interrupted else {}),
         half=half,
     )
-    (logs / "images.npy").unlink()
-    elapsed = time.monotonic() - started
+    if not fitted.interrupted:
+        for pattern in ("images*", CHECKPOINT, RECORD, BEST):
+            for file in logs.glob(pattern):
+                file.unlink()
     return TrainingReport(
         backbone,
         len(training),
         len(validation),
-        len(unreadable),
-        nll,
-        rmse,
-        constant,
-        elapsed,
-        seen / max(seconds, 1e-9),
+        len(prepared.checked.unreadable) if prepared.checked else 0,
+        fitted,
+        float(losses.sum(axis=1).mean()),
+        question_scores(tree, losses, predicted, validation.targets, training.targets),
+        time.monotonic() - started,
     )
 
 
-def _simulation(source: Path) -> dict[str, Any] | None:
+def new_network(
+    recipe: Recipe, contract: InputContract, tree: QuestionTree, initial: Initial | None = None
+) -> GalaxyNetwork:
+    """Return a network to be trained: random weights from the recipe's seed, or those of `initial`.
+
+    A backbone's question head is taken over where its questions are the same.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        As `Recipe.settled` returns it, like the contract.
+
+    Raises
+    ------
+    BadRequest
+        If the architecture does not take the arguments, or the initial weights do not fit them.
+    """
+    arguments = dict(recipe.architecture_args) | ({"drop_path_rate": recipe.drop_path} if recipe.drop_path else {})
+    torch.manual_seed(recipe.seed)
+    try:
+        network = GalaxyNetwork.for_contract(str(recipe.architecture), arguments, contract, tree)
+    except TypeError as error:
+        raise BadRequest(f"{recipe.architecture} does not take {', '.join(arguments)}: {error}") from error
+    if initial is None:
+        return network
+    try:
+        network.encoder.load_state_dict(dict(initial.encoder))
+    except RuntimeError as error:
+        raise BadRequest(f"{initial.source} does not fit {recipe.architecture} with {arguments}: {error}") from error
+    if initial.backbone and initial.backbone.questions == tree:
+        head = {key: torch.from_numpy(value) for key, value in initial.backbone.weights().items()}
+        network.load_state_dict(
+            {key: head[key] for key in head if key.startswith(("head.", "precision."))}, strict=False
+        )
+    return network
+
+
+def door(prepared: Prepared) -> str:
+    """Return the door that prepared images go through: ``flux`` or ``display``."""
+    return "flux" if prepared.pixels.dtype.kind == "f" else "display"
+
+
+def fit(
+    network: GalaxyNetwork,
+    training: Prepared,
+    validation: Prepared,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    machine: Machine | None = None,
+    facts: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    restart: bool = False,
+) -> Fitted:
+    """Train a network in place; go on where an earlier call with the same folder stopped.
+
+    Parameters
+    ----------
+    network : GalaxyNetwork
+        With a question head. Ends on the CPU, in evaluation mode, with the weights that count: the average over steps,
+        at the best epoch where the recipe has patience.
+    training, validation : Prepared
+        With images `training.data.MARGIN` times as large as the recipe's. Their weights multiply the loss.
+    recipe : Recipe
+        With its size.
+    folder : Path
+        For the checkpoint, the record of the run, ``metrics.csv`` and TensorBoard's files.
+    machine : Machine, optional
+    facts : mapping, optional
+        Told from those of an earlier run beside the data, as JSON; the recipe unless given.
+    resume, restart : bool
+        See `train`.
+
+    Raises
+    ------
+    BadRequest
+        If the folder holds a checkpoint of a run with other facts or data, unless `restart`; if `resume` and it holds
+        none; if the batch cannot be divided among the devices, or the precision is not one of the device's.
+    """
+    machine = machine or Machine()
+    facts = {**(facts or {"recipe": asdict(recipe)}), "data": data_digest(training, validation)}
+    check_run(folder, facts, resume=resume, restart=restart)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = folder / CHECKPOINT
+    going_on = checkpoint.exists()
+    if rank_zero_only.rank == 0:
+        _write_record(folder, facts)
+    begun_at = _step_of(checkpoint) if going_on else 0
+    batch = min(recipe.batch, len(training) - len(training) % (recipe.accumulate * machine.devices))
+    if batch < 1 or batch % (recipe.accumulate * machine.devices):
+        raise BadRequest(
+            f"a batch of {batch} images ({len(training)} to train on) cannot be divided equally among "
+            f"{machine.devices} device(s) and {recipe.accumulate} part(s)"
+        )
+    cuda = machine.accelerator != "cpu" and torch.cuda.is_available()
+    if recipe.precision == "fp16" and not cuda:
+        raise BadRequest("fp16 needs a GPU; choose bf16 or fp32")
+    steps = recipe.epochs * (len(training) // batch)
+    module = VoteTrainer(network, recipe, door(training), steps, folder)
+    if machine.compile:
+        network.encoder.compile()
+    batches = TrainingBatches(
+        training,
+        batch,
+        seed=recipe.seed,
+        position=module.position,
+        parts=recipe.accumulate,
+        ranks=machine.devices,
+        pin=cuda,
+    )
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its advertisements; errors are raised
+    curves = Curves(batches)
+    checkpoints = Checkpoints(checkpoint, machine.checkpoint_minutes, recipe.accumulate)
+    trainer = lightning.Trainer(
+        accelerator=machine.accelerator,
+        devices=machine.devices,
+        strategy="ddp" if machine.devices > 1 else "auto",
+        precision=PRECISIONS[recipe.precision],
+        max_epochs=recipe.epochs,
+        max_time={"minutes": recipe.max_minutes} if recipe.max_minutes else None,
+        accumulate_grad_batches=recipe.accumulate,
+        gradient_clip_val=recipe.clip,
+        logger=curve_loggers(folder, begun_at),
+        callbacks=[curves, ProgressBar(leave=True, console_kwargs={"stderr": True}), checkpoints],
+        plugins=[AtomicFiles()],
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+    )
+    fixed = FixedBatches(validation, module.size, rank=lambda: int(module.global_rank), ranks=machine.devices)
+    interrupted = False
+    with warnings.catch_warnings(), checkpoints.catching_signals():
+        for chatter in _CHATTER:
+            warnings.filterwarnings("ignore", message=f".*{chatter}.*")
+        try:
+            trainer.fit(module, batches, fixed, ckpt_path=checkpoint if going_on else None)
+        except Interrupted:
+            interrupted = True
+            if rank_zero_only.rank == 0:
+                logger.warning("stopped after step %d, as asked; the same command goes on", trainer.global_step)
+    module.cpu()
+    best = folder / BEST
+    kept = load_file(best) if recipe.patience and best.exists() else module.averaged.state_dict()
+    network.load_state_dict(kept)
+    network.eval().requires_grad_(True)
+    return Fitted(
+        steps=trainer.global_step,
+        interrupted=interrupted,
+        seconds=curves.seconds,
+        images_per_second=curves.images / max(curves.seconds, 1e-9),
+        data_wait=curves.data_wait,
+        device=torch.device("cuda" if cuda else "cpu"),
+    )
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(torch.load(checkpoint, map_location="meta", weights_only=True)["global_step"])
+
+
+def data_digest(*parts: Prepared) -> str:
+    """Return the SHA-256 (hex) of all that a run learns from: ids and versions of images, targets and weights."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(f"{len(part)} {part.pixels.shape[1:]} {part.pixels.dtype}\n".encode())
+        for column in ("survey", "source_id", "source_version"):
+            digest.update("\n".join(part.table[column].to_pylist()).encode())
+        digest.update(np.ascontiguousarray(part.targets).tobytes())
+        digest.update(np.ascontiguousarray(part.weights).tobytes())
+    return digest.hexdigest()
+
+
+def check_run(folder: Path, facts: Mapping[str, Any], *, resume: bool = False, restart: bool = False) -> None:
+    """Refuse to mix two runs in a folder.
+
+    Parameters
+    ----------
+    folder : Path
+    facts : mapping
+        Of the run to come, as JSON has them; those absent here or in the earlier run's record are not compared.
+    resume : bool
+        Insist on a checkpoint.
+    restart : bool
+        Remove the earlier run's checkpoint and record instead.
+
+    Raises
+    ------
+    BadRequest
+        If there is a checkpoint of a run with other facts, which are named; if `resume` and there is none.
+    """
+    checkpoint, record = folder / CHECKPOINT, folder / RECORD
+    if restart and rank_zero_only.rank == 0:
+        for file in (checkpoint, record, folder / BEST):
+            file.unlink(missing_ok=True)
+    if not checkpoint.exists():
+        if resume:
+            raise BadRequest(f"{folder} holds no checkpoint to resume from; leave --resume out to begin")
+        return
+    earlier = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    now = json.loads(json.dumps(facts))
+    differing = [line for key in now if key in earlier for line in _differences(key, earlier[key], now[key])]
+    if differing:
+        raise BadRequest(
+            f"{folder} holds the checkpoint of a run with other settings: {'; '.join(differing)}; give the same, "
+            "another --out, or --restart to discard it"
+        )
+
+
+def _differences(name: str, earlier: Any, now: Any) -> list[str]:
+    """Return the leaves in which two JSON values differ, as text."""
+    if isinstance(earlier, dict) and isinstance(now, dict):
+        keys = [*earlier, *(key for key in now if key not in earlier)]
+        return [line for key in keys for line in _differences(f"{name}.{key}", earlier.get(key), now.get(key))]
+    return [] if earlier == now else [f"{name} was {_brief(earlier)}, is {_brief(now)}"]
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:12] + "..."
+
+
+def _write_record(folder: Path, facts: Mapping[str, Any]) -> None:
+    partial = folder / f"{RECORD}.partial"
+    partial.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    partial.replace(folder / RECORD)
+
+
+def _check_out(out: Path, logs: Path, *, restart: bool) -> None:
+    """Refuse to replace a backbone, unless it is what this run left when it was interrupted."""
+    if not (out / "backbone.json").exists():
+        return
+    found = json.loads((out / "backbone.json").read_text(encoding="utf-8"))
+    if not found.get("provenance", {}).get("interrupted"):
+        raise BadRequest(f"{out} already holds a backbone; choose another --out or remove it")
+    if not restart and not (logs / CHECKPOINT).exists():
+        raise BadRequest(
+            f"{out} holds the backbone of an interrupted run, whose checkpoint is gone from {logs}; choose another "
+            "--out, or --restart to begin anew and replace it"
+        )
+
+
+def _simulation(source: str | Path) -> dict[str, Any] | None:
     """Return what made the training images, where that was `galembed simulate`."""
-    file = source / "simulation.json"
+    file = Path(source) / "simulation.json"
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
 
 
-def _fit(module: VoteTrainer, training: Prepared, validation: Prepared, logs: Path, resume: bool) -> tuple[float, int]:
-    """Run the training loop; return its seconds and the number of images it saw."""
-    recipe = module.recipe
-    checkpoint = logs / "last.ckpt"
-    trainer = lightning.Trainer(
-        max_epochs=recipe.epochs,
-        max_time={"minutes": recipe.max_minutes} if recipe.max_minutes else None,
-        accelerator="auto",
-        devices=1,
-        gradient_clip_val=1.0,
-        logger=CSVLogger(logs, name=None, version=""),
-        callbacks=[
-            ModelCheckpoint(logs, filename="last", save_top_k=1, enable_version_counter=False),
-            RichProgressBar(leave=True),
-        ],
-        num_sanity_val_steps=0,
-        log_every_n_steps=10,
-        enable_model_summary=False,
-    )
-    batch = min(recipe.batch, len(training))
-    order = EpochOrder(len(training), batch, recipe.seed, lambda: module.current_epoch)
-    loader = DataLoader(PreparedImages(training, 0), sampler=order, batch_size=None)
-    begun = time.monotonic()
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its advertisements; errors are raised
-    with warnings.catch_warnings():
-        for chatter in (
-            "many workers",
-            "Checkpoint directory",
-            "Experiment logs directory",
-            "LeafSpec",
-            "logging interval",
-        ):
-            warnings.filterwarnings("ignore", message=f".*{chatter}.*")
-        trainer.fit(
-            module,
-            loader,
-            _batches(validation, recipe.size),
-            ckpt_path=checkpoint if resume and checkpoint.exists() else None,
-        )
-    if trainer.interrupted:
-        logger.warning("interrupted: the backbone is written as it stands after step %d", trainer.global_step)
-    return time.monotonic() - begun, trainer.global_step * batch
-
-
-def _batches(prepared: Prepared, size: int) -> DataLoader[Any]:
-    """Return batches of 128 in order, cut to the contract's field."""
-    margin = (prepared.pixels.shape[-1] - size) // 2
-    order = BatchSampler(range(len(prepared)), 128, False)
-    return DataLoader(PreparedImages(prepared, margin), sampler=order, batch_size=None)
+def _origin(initial: Initial | None) -> dict[str, Any] | None:
+    if initial is None:
+        return None
+    return {"source": initial.source, "licence": initial.licence, "files": dict(initial.files)}
 
 
 @torch.inference_mode()
-def _mean_features(network: GalaxyNetwork, prepared: Prepared, size: int, kind: str) -> Tensor:
-    """Return the mean feature vector over at most 4,096 training images."""
+def mean_features(network: GalaxyNetwork, prepared: Prepared, size: int) -> Tensor:
+    """Return the mean feature vector (dim,) over at most 4,096 prepared images, spread over all, for centring."""
     chosen = np.zeros(len(prepared), bool)
     chosen[:: max(1, len(prepared) // 4096)] = True
-    total = torch.zeros(network.dim, dtype=torch.float64)
-    for pixels, _ in _batches(prepared.take(chosen), size):
-        total += network.features(network.channels(pixels, kind)).double().sum(dim=0)
+    device = network.centring_mean.device
+    total = torch.zeros(network.dim, dtype=torch.float64, device=device)
+    for batch in FixedBatches(prepared.take(chosen), size):
+        total += _features(network, batch.images, door(prepared)).double().sum(dim=0)
     mean: Tensor = (total / float(chosen.sum())).float()
     return mean
 
 
+def _features(network: GalaxyNetwork, images: Tensor, kind: str) -> Tensor:
+    images = images.to(network.centring_mean.device)
+    return network.features(network.channels(images.float() if images.is_floating_point() else images, kind))
+
+
 @torch.inference_mode()
-def _validate(
-    network: GalaxyNetwork, prepared: Prepared, tree: QuestionTree, size: int, kind: str
-) -> tuple[float, dict[str, float]]:
-    """Return the mean NLL and each question's RMSE of vote fractions."""
-    nll, predicted = [], []
-    for pixels, votes in _batches(prepared, size):
-        features = network.features(network.channels(pixels, kind))
-        nll.append(dirichlet_multinomial_nll(votes, network.concentrations(features), network.answers).sum(dim=1))
-        predicted.append(network.fractions(features).numpy())
-    fractions = np.concatenate(predicted)
-    return float(torch.cat(nll).mean()), {
-        question: fraction_rmse(fractions[:, where], prepared.votes[:, where])
-        for question, where in tree.slices.items()
-    }
-
-
-def _mean_fractions(votes: NDArray[np.floating[Any]], count: int) -> NDArray[np.floating[Any]]:
-    """Return the share of all votes that each answer got, `count` times."""
-    total = votes.sum(axis=0)
-    return np.broadcast_to(total / max(float(total.sum()), 1.0), (count, len(total)))
-
-
-def fraction_rmse(predicted: NDArray[np.floating[Any]], votes: NDArray[np.floating[Any]], least: int = 20) -> float:
-    """Return the RMSE of predicted against counted vote fractions.
-
-    Parameters
-    ----------
-    predicted : ndarray, shape (n, answer)
-        Fractions of one question.
-    votes : ndarray, shape (n, answer)
-    least : int
-        Galaxies with fewer votes on the question are left out.
-
-    Returns
-    -------
-    float
-        NaN where no galaxy has enough votes.
-    """
-    total = votes.sum(axis=1)
-    enough = total >= least
-    if not enough.any():
-        return float("nan")
-    counted = votes[enough] / total[enough, None]
-    return float(np.sqrt(np.mean((predicted[enough] - counted) ** 2)))
+def _predictions(
+    network: GalaxyNetwork, prepared: Prepared, size: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return each galaxy's loss per question (n, question), and what is predicted (n, answer)."""
+    losses, predicted = [], []
+    for batch in FixedBatches(prepared, size):
+        features = _features(network, batch.images, door(prepared))
+        losses.append(targets_nll(network, features, batch.targets.to(features.device)).double().cpu().numpy())
+        predicted.append(network.predictions(features).double().cpu().numpy())
+    return np.concatenate(losses), np.concatenate(predicted)
 
 
 def _samples(network: GalaxyNetwork, prepared: Prepared, size: int, kind: str) -> dict[str, NDArray[Any]]:
     """Return up to 16 validation images for each door: the display ones are the flux ones as a picture shows them."""
     few = prepared.take(np.arange(len(prepared)) < 16)
-    pixels, _ = next(iter(_batches(few, size)))
+    pixels = next(iter(FixedBatches(few, size))).images
     if kind == "display":
         return {"flux": np.empty((0, 3, size, size), np.float32), "display": pixels.numpy()}
-    display = (network.channels_from_flux(pixels) * 255).round().to(torch.uint8)
-    return {"flux": pixels.numpy(), "display": display.numpy()}
+    display = (network.channels_from_flux(pixels.float()) * 255).round().to(torch.uint8)
+    return {"flux": pixels.float().numpy(), "display": display.numpy()}

@@ -6,9 +6,11 @@ import difflib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,7 +20,9 @@ from numpy.typing import NDArray
 
 from galembed.catalogues import GUESSES, read_table, source_ids
 from galembed.errors import SchemaMismatch, UnreadableInput
+from galembed.files import is_url
 from galembed.questions import QuestionTree
+from training.splits import named_side
 
 logger = logging.getLogger(__name__)
 
@@ -75,10 +79,38 @@ GZ2_COUNTS: Final = {
 Its task 8, what is odd, is not in the tree."""
 
 _ID_COLUMNS: Final = {*GUESSES["id"], "release", "brickid"}
+_GZ2_TOTAL: Final = "total_classifications"
+_SPLIT: Final = "split"
+_BLOCK: Final = 10_000  # rows
 _MASK: Final = ".mask"
 
 
-def read_votes(path: Path, tree: QuestionTree) -> tuple[list[str], NDArray[np.float32]]:
+@dataclass(frozen=True)
+class VoteTable:
+    """Votes by id.
+
+    Attributes
+    ----------
+    ids : list of str
+        Stripped.
+    votes : ndarray, shape (row, answer), float32
+        Counts, not always whole. Zero where masked or null (not asked), and where the total is.
+    splits : list of str
+        Side of each row, one of `training.splits.SPLITS`; empty where the table does not say.
+    """
+
+    ids: list[str]
+    votes: NDArray[np.float32]
+    splits: list[str]
+
+
+def read_votes(path: str | Path, tree: QuestionTree) -> tuple[list[str], NDArray[np.float32]]:
+    """Return the ids and votes of `read_vote_table`."""
+    table = read_vote_table(path, tree)
+    return table.ids, table.votes
+
+
+def read_vote_table(path: str | Path, tree: QuestionTree, *, split_column: str | None = None) -> VoteTable:
     """Read a vote table.
 
     Each question is read from the first of these that the table has in full:
@@ -86,21 +118,26 @@ def read_votes(path: Path, tree: QuestionTree) -> tuple[list[str], NDArray[np.fl
     - counts, one column per answer as in ``tree.columns``;
     - fractions, ``{column}_fraction``, with the number of votes on the question, ``{question}{suffix}_total-votes``:
       their product is the expected count;
-    - counts as Galaxy Zoo 2's release names them (`GZ2_COUNTS`).
+    - counts as Galaxy Zoo 2's release names them (`GZ2_COUNTS`);
+    - fractions as that release names them, ``..._fraction`` or else ``..._weighted_fraction`` (of votes weighted by
+      the volunteers' consistency), with ``total_classifications``. The release has no number of votes on a question
+      beside them: it is taken to be the number of volunteers times the probability that one is asked,
+      `QuestionTree.probability_asked` (the product of the fractions on the way there, summed over the ways).
 
     Parameters
     ----------
-    path : Path
-        FITS, VOTable, ECSV, CSV or Parquet, with an id column. Of Parquet only the columns that are needed are read.
+    path : str or Path
+        FITS, VOTable, ECSV, CSV or Parquet, with an id column; Parquet also by URL. Of Parquet only the columns that
+        are needed are read.
     tree : QuestionTree
         In one of several campaigns, a question that the table does not have at all has no votes.
+    split_column : str, optional
+        Column that says `train`, `validation` or `test`; ``split`` unless given, if there is one.
 
     Returns
     -------
-    ids : list of str
-        Stripped, in the table's order.
-    votes : ndarray, shape (row, answer), float32
-        Counts, not always whole. Zero where masked or null (not asked), and where the total is.
+    VoteTable
+        In the table's order; a row that repeats an earlier one, and one without an id, are left out.
 
     Raises
     ------
@@ -110,57 +147,219 @@ def read_votes(path: Path, tree: QuestionTree) -> tuple[list[str], NDArray[np.fl
         If it cannot be read as a table.
     SchemaMismatch
         If there is no id column, a question's columns are missing, or one holds text, NaN, infinite or negative
-        numbers, or fractions above 1.
+        numbers, or fractions above 1; if two rows of one id differ; if the split column is not there or has other
+        words.
 
     References
     ----------
-    Columns of fractions and totals: the cards of Galaxy Zoo's data sets on the Hugging Face hub (mwalmsley).
+    Columns of fractions and totals: the cards of Galaxy Zoo's data sets on the Hugging Face hub (mwalmsley), and
+    Willett et al. 2013, MNRAS 435, 2835, table 5.
     """
-    path = Path(path)
     there, read = _open(path)
-    ids = source_ids(read([name for name in there if name.lstrip("# ").lower() in _ID_COLUMNS]))
-    if ids is None:
+    names = _ids(there, read)
+    if names is None:
         raise SchemaMismatch(f"{path} lacks an id column ({', '.join(GUESSES['id'])}); it has {', '.join(there[:12])}")
-    names = list(map(str, ids.to_pylist()))
+    splits = _splits(there, read, split_column, path, names)
+    return _merged(VoteTable(names, _votes(there, read, tree, path, names), splits), path)
+
+
+def read_image_votes(files: Sequence[str], tree: QuestionTree, *, split_column: str | None = None) -> VoteTable:
+    """Read the votes that tables of pictures hold beside the pictures, as `read_vote_table` does.
+
+    Parameters
+    ----------
+    files : sequence of str
+        Parquet, paths or URLs; see `galembed.sources.image_tables`.
+
+    Returns
+    -------
+    VoteTable
+        All rows; ids are ``FILE#ROW``, the `source_uri` of `galembed.sources.image_tables`.
+
+    Raises
+    ------
+    UnreadableInput
+        If a file cannot be read.
+    SchemaMismatch
+        As `read_vote_table`; also if two rows with one id differ.
+    """
+    tables = []
+    seen: dict[str, tuple[int, int]] = {}
+    for number, file in enumerate(files):
+        there, read = _open(file)
+        uris = [f"{file}#{row}" for row in range(len(read([there[0]])))]
+        ids = _ids(there, read) or [""] * len(uris)
+        votes = _votes(there, read, tree, file, ids)
+        tables.append(VoteTable(uris, votes, _splits(there, read, split_column, file, ids)))
+        for row, name in enumerate(ids):
+            if name and (first := seen.setdefault(name, (number, row))) != (number, row):
+                earlier = tables[first[0]].votes[first[1]]
+                if not np.array_equal(earlier, votes[row]):
+                    raise _differ(file, name)
+    return VoteTable(
+        [uri for table in tables for uri in table.ids],
+        np.concatenate([table.votes for table in tables]),
+        [side for table in tables for side in table.splits],
+    )
+
+
+def has_votes(file: str | Path, tree: QuestionTree) -> bool:
+    """Tell whether a table has a column of votes, in any of the ways that `read_vote_table` knows."""
+    there = set(_open(file)[0])
+    forms = [
+        form
+        for question, where in tree.slices.items()
+        for form in _forms(f"{question}{tree.suffix}", tree.columns[where])
+    ]
+    return any(there & set(form.answers) for form in forms)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """A set of columns that a question may be read from. `total` is empty for counts."""
+
+    answers: tuple[str, ...]
+    total: str = ""
+
+    @property
+    def columns(self) -> set[str]:
+        return {*self.answers, self.total} - {""}
+
+
+def _forms(question: str, columns: Sequence[str]) -> list[_Form]:
+    """Return the sets of columns that a table may have for a question, in the order in which they are tried."""
+    forms = [_Form(tuple(columns)), _Form(tuple(f"{name}_fraction" for name in columns), f"{question}_total-votes")]
+    released = [GZ2_COUNTS[name] for name in columns if name in GZ2_COUNTS]
+    if released:
+        forms += [_Form(tuple(released))] + [
+            _Form(tuple(name.removesuffix("_count") + ending for name in released), _GZ2_TOTAL)
+            for ending in ("_fraction", "_weighted_fraction")
+        ]
+    return forms
+
+
+def _votes(
+    there: Sequence[str],
+    read: Callable[[Sequence[str]], Table],
+    tree: QuestionTree,
+    path: str | Path,
+    names: Sequence[str],
+) -> NDArray[np.float32]:
+    """Return the counts of all questions, shape (row, answer)."""
     votes = np.zeros((len(names), len(tree.columns)), np.float32)
     absent: list[str] = []
-    for question, where in tree.slices.items():
-        total, forms = _forms(f"{question}{tree.suffix}", tree.columns[where])
-        form = next((form for form in forms if set(form) <= set(there)), None)
+    per_volunteer: list[str] = []
+    for number, (question, where) in enumerate(tree.slices.items()):
+        forms = _forms(f"{question}{tree.suffix}", tree.columns[where])
+        form = next((form for form in forms if form.columns <= set(there)), None)
         if form is not None:
-            votes[:, where] = _counts(read(form), form, total, path, names)
-        elif any(set(form) & set(there) for form in forms):
-            raise _lacking(path, tree, max(forms, key=lambda form: len(set(form) & set(there))), there)
+            asked = None
+            if form.total == _GZ2_TOTAL:
+                asked = _asked(votes, tree, number)
+                per_volunteer.append(question)
+            votes[:, where] = _counts(read([*form.answers, *filter(None, [form.total])]), form, asked, path, names)
+        elif any((form.columns - {_GZ2_TOTAL}) & set(there) for form in forms):
+            raise _lacking(path, tree, max(forms, key=lambda form: len(form.columns & set(there))), there)
         else:
             absent.append(question)
     if absent and (not tree.campaigns or len(absent) == len(tree.questions)):
-        raise _lacking(path, tree, [column for name in absent for column in tree.columns[tree.slices[name]]], there)
+        columns = tuple(column for name in absent for column in tree.columns[tree.slices[name]])
+        raise _lacking(path, tree, _Form(columns), there)
     if absent:
         logger.info("%s has no votes on %d of %d questions of %s", path, len(absent), len(tree.questions), tree.name)
-    return names, votes
+    if per_volunteer:
+        logger.info(
+            "%s has fractions and no number of votes for %d question(s) of %s: counts are fraction x %s x the "
+            "probability of being asked",
+            path,
+            len(per_volunteer),
+            tree.name,
+            _GZ2_TOTAL,
+        )
+    return votes
 
 
-def _forms(question: str, columns: Sequence[str]) -> tuple[str, list[list[str]]]:
-    """Return the column of a question's total, and the sets of columns that a table may have; answers come first."""
-    total = f"{question}_total-votes"
-    released = [GZ2_COUNTS[name] for name in columns if name in GZ2_COUNTS]
-    return total, [list(columns), [*(f"{name}_fraction" for name in columns), total], *([released] if released else [])]
+def _asked(votes: NDArray[np.float32], tree: QuestionTree, number: int) -> NDArray[np.float64]:
+    """Return the probability of being asked a question, by the votes on those before it, shape (row,)."""
+    blocks = []
+    for start in range(0, len(votes), _BLOCK):
+        block = votes[start : start + _BLOCK]
+        fractions = np.zeros_like(block)
+        for where in tree.slices.values():
+            total = block[:, where].sum(axis=1, keepdims=True)
+            np.divide(block[:, where], total, out=fractions[:, where], where=total > 0)
+        blocks.append(tree.probability_asked(fractions)[:, number])
+    return np.concatenate(blocks) if blocks else np.zeros(0)
 
 
-def _counts(table: Table, form: Sequence[str], total: str, path: Path, ids: Sequence[str]) -> NDArray[np.float64]:
+def _counts(
+    table: Table, form: _Form, asked: NDArray[np.float64] | None, path: str | Path, ids: Sequence[str]
+) -> NDArray[np.float64]:
     """Return a question's counts (row, answer) from one of its sets of columns."""
-    if total not in form:
-        return np.stack([_numbers(table, name, path, ids) for name in form], axis=1)
-    votes = _numbers(table, total, path, ids)
+    if not form.total:
+        return np.stack([_numbers(table, name, path, ids) for name in form.answers], axis=1)
+    votes = _numbers(table, form.total, path, ids)
+    if asked is not None:
+        votes = votes * asked
     # Where nobody voted a fraction is 0/0, which some write as NaN.
-    shares = [_numbers(table, name, path, ids, most=1.0, where=votes > 0) for name in form if name != total]
+    shares = [_numbers(table, name, path, ids, most=1.0, where=votes > 0) for name in form.answers]
     return np.stack(shares, axis=1) * votes[:, None]
+
+
+def _ids(there: Sequence[str], read: Callable[[Sequence[str]], Table]) -> list[str] | None:
+    ids = source_ids(read([name for name in there if name.lstrip("# ").lower() in _ID_COLUMNS]))
+    return None if ids is None else list(map(str, ids.to_pylist()))
+
+
+def _splits(
+    there: Sequence[str],
+    read: Callable[[Sequence[str]], Table],
+    column: str | None,
+    path: str | Path,
+    ids: Sequence[str],
+) -> list[str]:
+    """Return the side that a table gives each row; empty ones without a column."""
+    if column is not None and column not in there:
+        near = difflib.get_close_matches(column, there, n=3)
+        meant = f"did you mean {' or '.join(near)}? " if near else ""
+        raise SchemaMismatch(f"{path} has no column {column!r} for the split; {meant}it has {', '.join(there[:12])}")
+    if column is None and _SPLIT not in there:
+        return [""] * len(ids)
+    values = read([column or _SPLIT])[column or _SPLIT]
+    masked = np.broadcast_to(np.asarray(getattr(values, "mask", False)), values.shape)
+    words = ["" if gone or word is None else str(word) for gone, word in zip(masked, values, strict=True)]
+    try:
+        sides = {word: named_side(word) for word in set(words)}
+    except SchemaMismatch as error:
+        raise SchemaMismatch(f"{path}, column {column or _SPLIT}: {error}") from error
+    return [sides[word] for word in words]
+
+
+def _merged(table: VoteTable, path: str | Path) -> VoteTable:
+    """Return a table with each id once; raise if two rows of one id differ."""
+    first: dict[str, int] = {}
+    for row, name in enumerate(table.ids):
+        at = first.setdefault(name, row)
+        same = np.array_equal(table.votes[at], table.votes[row]) and table.splits[at] == table.splits[row]
+        if name and at != row and not same:
+            raise _differ(path, name)
+    first.pop("", None)
+    rows = list(first.values())
+    if len(rows) == len(table.ids):
+        return table
+    return VoteTable(list(first), table.votes[rows], [table.splits[row] for row in rows])
+
+
+def _differ(path: str | Path, name: str) -> SchemaMismatch:
+    return SchemaMismatch(
+        f"{path} has several rows for id {name!r}, and they differ; give one row per id (add up the votes, or choose)"
+    )
 
 
 def _numbers(
     table: Table,
     name: str,
-    path: Path,
+    path: str | Path,
     ids: Sequence[str],
     *,
     most: float = np.inf,
@@ -187,8 +386,8 @@ def _numbers(
     return numbers
 
 
-def _lacking(path: Path, tree: QuestionTree, columns: Sequence[str], there: Sequence[str]) -> SchemaMismatch:
-    missing = [name for name in columns if name not in there]
+def _lacking(path: str | Path, tree: QuestionTree, form: _Form, there: Sequence[str]) -> SchemaMismatch:
+    missing = [name for name in (*form.answers, *filter(None, [form.total])) if name not in there]
     listed = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
     near = difflib.get_close_matches(missing[0], there, n=3)
     meant = f"did you mean {' or '.join(near)}? " if near else ""
@@ -197,13 +396,16 @@ def _lacking(path: Path, tree: QuestionTree, columns: Sequence[str], there: Sequ
     )
 
 
-def _open(path: Path) -> tuple[list[str], Callable[[Sequence[str]], Table]]:
+def _open(place: str | Path) -> tuple[list[str], Callable[[Sequence[str]], Table]]:
     """Return the names of all columns, and what reads some of them: of Parquet, no others are read."""
-    if path.is_dir() or not path.exists() or not path.name.lower().endswith((".parquet", ".pq")):
+    path = str(place)
+    parquet = path.lower().endswith((".parquet", ".pq"))
+    if not is_url(path) and (not parquet or not Path(path).is_file()):
         table = read_table(path)
         return list(table.colnames), lambda names: table[list(names)]
     with _reading(path):
-        dataset = ds.dataset(str(path), format="parquet")
+        system, file = fsspec.core.url_to_fs(path) if is_url(path) else (None, path)
+        dataset = ds.dataset(file, format="parquet", filesystem=system)
         there = list(dataset.schema.names)
 
     def read(names: Sequence[str]) -> Table:
@@ -219,7 +421,7 @@ def _open(path: Path) -> tuple[list[str], Callable[[Sequence[str]], Table]]:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _reading(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:

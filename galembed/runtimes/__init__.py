@@ -22,13 +22,13 @@ class Embedded:
         Centred, unit norm.
     norms : ndarray, shape (n,), float32
         Length of the centred vector before that.
-    fractions : ndarray, shape (n, answer), float32
-        Expected vote fractions; no columns without a head.
+    predictions : ndarray, shape (n, answer), float32
+        What the head predicts: expected vote fractions, or numbers in their unit; no columns without a head.
     """
 
     vectors: NDArray[np.float32]
     norms: NDArray[np.float32]
-    fractions: NDArray[np.float32]
+    predictions: NDArray[np.float32]
 
 
 class Runtime(Protocol):

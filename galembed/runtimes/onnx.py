@@ -46,5 +46,6 @@ class OnnxRuntime:
             "flux": np.empty((0, 3, size, size), np.float32),
             "display": np.empty((0, 3, size, size), np.uint8),
         }
-        vectors, norms, fractions = self._session.run(["vector", "norm", "fractions"], doors | {kind: images})
-        return Embedded(vectors, norms, fractions)
+        # By position: older engines call the last one fractions.
+        vectors, norms, predictions = self._session.run(None, doors | {kind: images})
+        return Embedded(vectors, norms, predictions)

@@ -51,5 +51,5 @@ class TorchRuntime:
         }
         doors = [torch.from_numpy((empty | {kind: images})[name]).to(self._device) for name in ("flux", "display")]
         with torch.inference_mode():
-            vectors, norms, fractions = self._network(*doors)
-        return Embedded(vectors.cpu().numpy(), norms.cpu().numpy(), fractions.cpu().numpy())
+            vectors, norms, predictions = self._network(*doors)
+        return Embedded(vectors.cpu().numpy(), norms.cpu().numpy(), predictions.cpu().numpy())

@@ -2,19 +2,23 @@
 
 The column holds encoded JPEG or PNG, either as they are (binary) or as Hugging Face's `Image` feature, a struct of
 `bytes` and `path` (huggingface/datasets 1b935da, src/datasets/features/image.py). A dataset downloaded from the hub is
-read as it lies there.
+read as it lies there; one on the hub (``hf://datasets/OWNER/NAME``), or at any other URL of fsspec, row group by row
+group.
 """
 
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,10 +26,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from galembed.backbones import InputContract
-from galembed.catalogues import read_catalogue
+from galembed.catalogues import CARRIED, GUESSES, read_catalogue
 from galembed.cutouts import Cutout
 from galembed.errors import BadRequest, GalembedError, UnreadableInput
-from galembed.files import file_version, find_files, relative, resolve
+from galembed.files import file_version, find_files, is_url, relative, resolve
 from galembed.schemas import SOURCES
 from galembed.sources import SourceList
 from galembed.sources.folders import reject, split_duplicates
@@ -39,6 +43,7 @@ NAMES: Final = ("image", "img", "picture", "jpg", "jpeg", "png")
 _BATCH: Final = 32
 _BUFFER: Final = 1 << 20
 _DAMAGED: Final = (pa.ArrowException, OSError)
+_CATALOGUE: Final = {"release", "brickid"}.union(*GUESSES.values())
 
 
 @dataclass(frozen=True)
@@ -149,13 +154,16 @@ class ImageTableReader:
     def _list(self, file: str) -> pa.Table | None:
         """Return the sources of one file with the carried columns, None if it holds no pictures."""
         try:
-            with pq.ParquetFile(file) as parquet:
+            with _opened(file) as parquet:
                 schema, count = parquet.schema_arrow, parquet.metadata.num_rows
-        except _DAMAGED as error:
+                picture = picture_column(schema)
+                catalogue = self._catalogue(file, parquet) if picture else None
+        except _failures(file) as error:
+            if isinstance(error, GalembedError):
+                raise
             raise UnreadableInput(f"{file}: damaged or not a Parquet file ({error}); fetch it again") from error
-        if picture_column(schema) is None:
+        if catalogue is None:
             return None
-        catalogue = read_catalogue(file, columns=self.columns, carry=self.carry, need=())
         rows = pa.array(np.arange(count)).cast(pa.string())
         keys = pc.binary_join_element_wise(_below(file, self.root), rows, "#")
         if "source_id" in catalogue.column_names:
@@ -173,6 +181,22 @@ class ImageTableReader:
         arrays = [known.get(column.name, pa.nulls(count, column.type)) for column in SOURCES]
         arrays += [catalogue[column.name] for column in carried]
         return pa.table(arrays, schema=pa.schema([*SOURCES, *carried]))
+
+    def _catalogue(self, file: str, parquet: pq.ParquetFile) -> pa.Table:
+        """Return the columns of a file that `galembed.catalogues.read_catalogue` finds; of a URL by way of a copy."""
+        if not is_url(file):
+            return read_catalogue(file, columns=self.columns, carry=self.carry, need=())
+        named = {*self.columns.values(), *self.carry}
+        columns = [
+            column.name
+            for column in parquet.schema_arrow
+            if not pa.types.is_nested(column.type)
+            and (column.name in named or _plain(column.name) in _CATALOGUE or CARRIED.fullmatch(column.name))
+        ]
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / Path(file).name
+            pq.write_table(parquet.read(columns=columns), copy)
+            return read_catalogue(copy, columns=self.columns, carry=self.carry, need=())
 
 
 def holds_image_table(root: str | Path) -> bool:
@@ -212,18 +236,39 @@ def _features(schema: pa.Schema) -> dict[str, Any]:
         return {}
 
 
+def _plain(name: str) -> str:
+    return name.lstrip("# ").lower()
+
+
 def _has_pictures(file: str) -> bool:
     try:
-        return picture_column(pq.read_schema(file)) is not None
-    except _DAMAGED:
+        with _opened(file) as parquet:
+            return picture_column(parquet.schema_arrow) is not None
+    except _failures(file):
         return False
+
+
+@contextmanager
+def _opened(file: str) -> Iterator[pq.ParquetFile]:
+    """Open a Parquet file by path or URL; of a URL only the bytes that are asked for travel."""
+    if not is_url(file):
+        with pq.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False) as parquet:
+            yield parquet
+        return
+    with fsspec.open(file, "rb") as stream, pq.ParquetFile(stream, buffer_size=_BUFFER, pre_buffer=False) as parquet:
+        yield parquet
+
+
+def _failures(file: str) -> tuple[type[Exception], ...]:
+    """Return what reading a file may raise: each remote file system has its own kinds."""
+    return (Exception,) if is_url(file) else _DAMAGED
 
 
 def _files(root: str) -> list[str]:
     """Return the Parquet files at or under `root`."""
-    if Path(root).is_dir():
-        return find_files(root, ENDINGS)
-    return [root] if root.lower().endswith(ENDINGS) else []
+    if root.lower().endswith(ENDINGS) and not Path(root).is_dir():
+        return [root]
+    return find_files(root, ENDINGS) if is_url(root) or Path(root).is_dir() else []
 
 
 def _below(file: str, root: str) -> str:
@@ -235,22 +280,24 @@ def _pictures(file: str, wanted: Sequence[int]) -> Iterator[tuple[int, bytes | U
 
     Only the row groups that hold some are opened, and of those a few pictures are in memory at a time.
     """
+    done = 0
     try:
-        parquet = pq.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False)
-    except _DAMAGED as error:
-        for row in wanted:
+        with _opened(file) as parquet:
+            name = picture_column(parquet.schema_arrow)
+            start = 0
+            for group in range(parquet.num_row_groups if name else 0):
+                stop = start + parquet.metadata.row_group(group).num_rows
+                if inside := wanted[bisect_left(wanted, start) : bisect_left(wanted, stop)]:
+                    for answer in _pictures_of_group(file, parquet, str(name), group, start, inside):
+                        done += 1
+                        yield answer
+                start = stop
+    except _failures(file) as error:
+        for row in wanted[done:]:
             yield row, UnreadableInput(f"{file}#{row}: the file is damaged or gone ({error}); fetch it again")
         return
-    with parquet:
-        name = picture_column(parquet.schema_arrow)
-        start = 0
-        for group in range(parquet.num_row_groups if name else 0):
-            stop = start + parquet.metadata.row_group(group).num_rows
-            if inside := wanted[bisect_left(wanted, start) : bisect_left(wanted, stop)]:
-                yield from _pictures_of_group(file, parquet, str(name), group, start, inside)
-            start = stop
-        for row in wanted[bisect_left(wanted, start) :]:
-            yield row, UnreadableInput(f"{file}#{row}: the file holds {start} pictures now; list it again")
+    for row in wanted[done:]:
+        yield row, UnreadableInput(f"{file}#{row}: the file holds {start} pictures now; list it again")
 
 
 def _pictures_of_group(
@@ -268,7 +315,7 @@ def _pictures_of_group(
             if done == len(wanted):
                 return
             start = stop
-    except _DAMAGED as error:
+    except _failures(file) as error:
         for row in wanted[done:]:
             yield row, UnreadableInput(f"{file}#{row}: row group {group} is damaged ({error}); fetch the file again")
 

@@ -107,8 +107,8 @@ class Status:
         Account of the last embedding job; empty if there is none.
     carried : tuple of str
         Catalogue columns.
-    fractions : tuple of str
-        Columns of predicted vote fractions.
+    predictions : tuple of str
+        Columns of predicted vote fractions and numbers.
     flags : mapping of str to int
         Rows with each warning about the picture (`galembed.quality.FLAGS`).
     """
@@ -124,7 +124,7 @@ class Status:
     unindexed: int
     job: Mapping[str, Any] = field(default_factory=dict)
     carried: tuple[str, ...] = ()
-    fractions: tuple[str, ...] = ()
+    predictions: tuple[str, ...] = ()
     flags: Mapping[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -132,7 +132,7 @@ class Status:
         bands = ", ".join(f"{role} = {band}" for role, band in contract.bands.items())
         failed = ", ".join(f"{count:,} {reason}" for reason, count in self.failures.items())
         index = self.index if self.index == "exact" else f"{self.index} ({self.unindexed:,} rows not in it)"
-        votes = f"{len(self.fractions)} predicted fractions, from {self.fractions[0]}" if self.fractions else "none"
+        head = f"{len(self.predictions)} predictions, from {self.predictions[0]}" if self.predictions else "none"
         lines = {
             "store": self.path,
             "sources": f"{self.rows:,} in {self.partitions:,} partitions",
@@ -152,7 +152,7 @@ class Status:
                 )
             ),
             "columns": ", ".join(self.carried) or "none carried from a catalogue",
-            "votes": votes,
+            "head": head,
             "engines": ", ".join(f"{name} ({count:,})" for name, count in self.engines.items()) or "none",
             "search": index,
             "last job": ", ".join(f"{key} {value}" for key, value in self.job.items() if _plain(value)) or "unknown",
@@ -195,13 +195,13 @@ class Store:
 
     @property
     def carried(self) -> tuple[str, ...]:
-        """Catalogue columns: neither galembed's own nor predicted vote fractions."""
+        """Catalogue columns: neither galembed's own nor predictions."""
         own = _OWN_COLUMNS | set(answers_of(self.schema))
         return tuple(name for name in self.schema.names if name not in own)
 
     @property
-    def fractions(self) -> dict[str, str]:
-        """Columns of predicted vote fractions, with the answer that each is for."""
+    def predictions(self) -> dict[str, str]:
+        """Columns of predicted vote fractions and numbers, with the answer that each is for."""
         return answers_of(self.schema)
 
     def batches(
@@ -313,7 +313,7 @@ class Store:
             path=self.path,
             rows=len(self),
             carried=self.carried,
-            fractions=tuple(self.fractions),
+            predictions=tuple(self.predictions),
             dim=self.dim,
             failures=dict(Counter(map(str, self.failures()["reason"])).most_common()),
             contract=self.contract,
@@ -354,7 +354,7 @@ class Store:
         exclude_self : bool
             Leave out the sources that were asked about.
         columns : sequence of str, optional
-            Store columns to return instead of the carried ones; predicted vote fractions are there when asked for.
+            Store columns to return instead of the carried ones; predictions are there when asked for.
         exact : bool
             Compare with every vector although there is an index.
 

@@ -33,14 +33,14 @@ class Skewed:
         vectors = true.vectors.copy()
         vectors[:, 0] += self._amount
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-        return Embedded(vectors.astype(np.float32), true.norms, true.fractions)
+        return Embedded(vectors.astype(np.float32), true.norms, true.predictions)
 
 
 def test_torch_agrees_with_itself(tiny_backbone: Backbone) -> None:
     fidelity = measure(TorchRuntime(tiny_backbone), TorchRuntime(tiny_backbone), tiny_backbone.samples())
     assert fidelity.images == 8
     assert fidelity.cosine_min == pytest.approx(1, abs=1e-6)
-    assert fidelity.norm_error == fidelity.fraction_error == 0
+    assert fidelity.norm_error == fidelity.prediction_error == 0
 
 
 @pytest.mark.parametrize(("amount", "passes"), [(0.0, True), (0.1, False), (np.nan, False)])
@@ -54,7 +54,7 @@ def test_the_gate_lets_through_only_what_agrees(tiny_backbone: Backbone, amount:
 
 
 def test_every_number_out_of_bounds_is_named() -> None:
-    with pytest.raises(EmbeddingDrift, match=r"norm differs by 0\.5 .* a vote fraction differs by 0\.2"):
+    with pytest.raises(EmbeddingDrift, match=r"norm differs by 0\.5 .* a prediction differs by 0\.2"):
         Tolerance().require(Fidelity(10, 1.0, 1.0, 0.5, 0.2))
 
 
@@ -71,7 +71,7 @@ def test_an_engine_that_drifts_is_not_installed_and_the_old_one_stays(copy: Back
     export_onnx(copy)
     before = (copy.engines / "onnx-fp32.onnx").read_bytes()
     with pytest.raises(EmbeddingDrift, match="It was not installed"):
-        export_onnx(copy, tolerance=Tolerance(norm_error=0.0, fraction_error=0.0, cosine_min=1.1))
+        export_onnx(copy, tolerance=Tolerance(norm_error=0.0, prediction_error=0.0, cosine_min=1.1))
     assert (copy.engines / "onnx-fp32.onnx").read_bytes() == before
     assert len(list(copy.engines.iterdir())) == 2
 

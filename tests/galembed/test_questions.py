@@ -16,7 +16,7 @@ from galembed.questions import (
     tree_text,
     trees_text,
 )
-from galembed.schemas import fraction_column
+from galembed.schemas import fraction_column, value_column
 
 # Questions and answers of each campaign, counted by running the label metadata of mwalmsley/galaxy-datasets (3cd2149).
 PUBLISHED = {
@@ -186,7 +186,7 @@ def test_a_campaign_twice_is_refused() -> None:
         ('["yes", "no"]', '["yes"]', "disk needs two answers or more"),
         ("[disk_yes]", "disk_yes", "question bar: after must be a list"),
         ("[disk_yes]", "[disk_maybe]", "bar is asked after \\['disk_maybe'\\], which no earlier question has"),
-        ("after", "asked_after", "may have after, nothing else"),
+        ("after", "asked_after", "may have after, kind and unit, nothing else"),
         ("strong, weak", "weak, weak", "bar-mine_weak occurs more than once"),
         ("strong, weak", "very strong, weak", "'bar-mine_very strong' cannot be a column"),
         ("strong, weak", "1.5, weak", "holds 1.5, which is no text"),
@@ -277,3 +277,55 @@ def test_the_command_lists_draws_and_reads_a_file(tmp_path: Path) -> None:
     assert run() == trees_text() + "\n"
     assert run("gz2") == tree_text(question_tree("gz2")) + "\n"
     assert "bar? strong, weak, 0" in run(str(write(tmp_path, OWN)))
+
+
+VALUE = """
+name: bulges
+suffix: ""
+questions:
+  bulge-ratio: {answers: [value], kind: value, unit: "1"}
+  disk: {answers: ["yes", "no"]}
+  bar: {after: [disk_yes], answers: [strong, weak]}
+"""
+
+
+def test_a_tree_of_votes_is_written_as_before_there_were_values() -> None:
+    written = question_tree().to_dict()["questions"]
+    assert set().union(*written.values()) == {"answers", "after"}
+
+
+def test_a_value_is_one_column_with_a_unit(tmp_path: Path) -> None:
+    tree = question_tree(write(tmp_path, VALUE))
+    assert tree.kinds == ("value", "votes", "votes")
+    assert tree.values == {"bulge-ratio_value": "1"}
+    assert QuestionTree.from_dict(tree.to_dict()) == tree
+    assert value_column("bulge-ratio_value") == "bulge_ratio_value"
+
+
+def test_a_value_among_campaigns_stays_a_value(tmp_path: Path) -> None:
+    both = combined("both", [question_tree(write(tmp_path, VALUE)), question_tree("rings")])
+    assert both.kinds == ("value", "votes", "votes", "votes")
+    assert both.values == {"bulge-ratio_value": "1"}
+
+
+def test_the_probability_asked_does_not_look_at_values(tmp_path: Path) -> None:
+    asked = question_tree(write(tmp_path, VALUE)).probability_asked([np.nan, 0.25, 0.75, 0.5, 0.5])
+    np.testing.assert_array_equal(asked, [1, 1, 0.25])
+
+
+def test_a_value_is_drawn_with_its_unit(tmp_path: Path) -> None:
+    assert "bulge-ratio? a number [1], value" in tree_text(question_tree(write(tmp_path, VALUE))).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("questions", "message"),
+    [
+        ([Question("z", ("value", "error"), kind="value")], "asks for a value, which is one answer"),
+        ([Question("z", ("value",), kind="number")], "is of kind 'number'; choose votes or value"),
+        ([Question("z", ("a", "b"), unit="mag")], "counts votes, which have no unit, got 'mag'"),
+        ([Question("z", ("value",), kind="value"), Question("y", ("a", "b"), ("z_value",))], "is asked after"),
+    ],
+)
+def test_a_value_that_is_none_is_refused(questions: list[Question], message: str) -> None:
+    with pytest.raises(SchemaMismatch, match=message):
+        QuestionTree("own", "", tuple(questions))

@@ -35,12 +35,12 @@ class RuntimeContract:
         images = exported.samples()[kind]
         result = runtime.embed(images, kind)
         assert result.vectors.shape == (len(images), exported.dim)
-        assert result.vectors.dtype == result.norms.dtype == result.fractions.dtype == np.float32
+        assert result.vectors.dtype == result.norms.dtype == result.predictions.dtype == np.float32
         np.testing.assert_allclose(np.linalg.norm(result.vectors, axis=1), 1, atol=1e-5)
         assert (result.norms > 0).all()
 
     def test_vote_fractions_sum_to_one_in_each_question(self, runtime: Runtime, exported: Backbone) -> None:
-        fractions = runtime.embed(exported.samples()["flux"], "flux").fractions
+        fractions = runtime.embed(exported.samples()["flux"], "flux").predictions
         assert exported.questions is not None
         for where in exported.questions.slices.values():
             np.testing.assert_allclose(fractions[:, where].sum(axis=1), 1, atol=1e-5)

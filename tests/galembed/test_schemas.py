@@ -15,6 +15,16 @@ def test_vote_fractions_are_columns_that_know_their_answer() -> None:
     assert all(name.isidentifier() for name in answers_of(schema))
 
 
+def test_a_predicted_number_keeps_its_name_and_carries_its_unit() -> None:
+    schema = embeddings_schema(4, answers=("bar_yes", "bar_no", "bulge-size_value"), values={"bulge-size_value": "kpc"})
+    assert answers_of(schema) == {
+        "bar_yes_fraction": "bar_yes",
+        "bar_no_fraction": "bar_no",
+        "bulge_size_value": "bulge-size_value",
+    }
+    assert schema.field("bulge_size_value").metadata[b"unit"] == b"kpc"
+
+
 def test_units_are_in_the_fields() -> None:
     schema = embeddings_schema(4)
     assert {schema.field(name).metadata[b"unit"] for name in ("ra", "dec")} == {b"deg"}

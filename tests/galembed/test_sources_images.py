@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import struct
 import warnings
 import zlib
@@ -533,6 +534,47 @@ def test_of_several_columns_of_pictures_the_one_called_image_is_read(tmp_path: P
     cutout = results(write(tmp_path / "t.parquet", table))[0]
     assert isinstance(cutout, Cutout)
     np.testing.assert_array_equal(cutout.pixels, read_picture(encoded(galaxy(1)), crop=1.0, size=16))
+
+
+def published(root: Path) -> str:
+    """Copy a folder to memory, and return its URL."""
+    memory = fsspec.filesystem("memory")
+    memory.put(f"{root}/", f"/{root.name}/", recursive=True)
+    return f"memory:///{root.name}"
+
+
+def test_a_data_set_at_a_url_is_listed_and_read_as_from_disk(tmp_path: Path) -> None:
+    url = published(shards(tmp_path))
+    assert holds_image_table(url)
+    there, here = (ImageTableReader(root, 1.0, ("dataset_name",)) for root in (url, str(tmp_path)))
+    listed, expected = there.sources().table, here.sources().table
+    assert listed.drop_columns(["source_uri", "source_version"]).equals(
+        expected.drop_columns(["source_uri", "source_version"])
+    )
+    assert listed["source_uri"][4].as_py() == f"{url}/data/train-00001-of-00002.parquet#1"
+    for (number, cutout), (other, wanted) in zip(
+        there.cutouts(listed, CONTRACT), here.cutouts(expected, CONTRACT), strict=True
+    ):
+        assert number == other
+        assert isinstance(cutout, Cutout)
+        assert isinstance(wanted, Cutout)
+        np.testing.assert_array_equal(cutout.pixels, wanted.pixels)
+    assert len(ImageTableReader(f"{url}/data/train-00000-of-00002.parquet").sources().table) == 3
+
+
+def test_a_shard_at_a_url_that_is_gone_or_damaged_is_told_by_name(tmp_path: Path) -> None:
+    url = published(shards(tmp_path))
+    source = ImageTableReader(url)
+    rows = source.sources().table
+    memory = fsspec.filesystem("memory")
+    memory.rm(f"/{tmp_path.name}/data/train-00000-of-00002.parquet")
+    memory.pipe(f"/{tmp_path.name}/data/train-00001-of-00002.parquet", b"PAR1 cut off")
+    for _, result in source.cutouts(rows, CONTRACT):
+        assert isinstance(result, UnreadableInput)
+        assert re.search(r"train-0000\d-of-00002\.parquet#\d: the file is damaged or gone", str(result))
+    assert not holds_image_table(url)
+    with pytest.raises(UnreadableInput, match=r"no Parquet table.*train-00001-of-00002\.parquet: damaged or not"):
+        source.sources()
 
 
 def test_both_readers_are_source_readers(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Training runs on a handful of simulated galaxies."""
 
+import signal
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +12,20 @@ from astropy.table import Table
 from click.testing import CliRunner
 from PIL import Image
 
+from galembed.backbones import load_backbone
 from galembed.cli import main
 from galembed.errors import BadRequest, SchemaMismatch, UnreadableInput
-from galembed.questions import question_tree
+from galembed.questions import Question, QuestionTree, question_tree
 from galembed.runtimes import open_runtime
-from galembed.schemas import SOURCES
-from training.data import is_validation, open_voted_images, read_votes
-from training.fit import Recipe, VoteTrainer, fraction_rmse, train
+from training.commands.train import train as command
+from training.data import open_voted_images
+from training.fit import train
+from training.recipe import Machine, Recipe
+from training.report import question_scores
 from training.simulation import simulate_survey
+from training.splits import Shares
+from training.trainer import VoteTrainer
+from training.votes import read_votes
 
 RECIPE = Recipe(architecture="test_convnext", size=32, epochs=2, batch=8)
 
@@ -41,8 +49,10 @@ def test_a_backbone_comes_out_and_embeds(survey: Path, tmp_path: Path) -> None:
     report = train(survey, tmp_path / "b", RECIPE, workers=0, half=True)
     assert report.images + report.validation_images == 40
     assert np.isfinite(report.validation_nll)
-    assert set(report.fraction_rmse) == {question.name for question in question_tree().questions}
-    assert "(a constant answer: 0." in str(report)
+    assert [score.question for score in report.questions] == [question.name for question in question_tree().questions]
+    rows = [line.split()[0] for line in str(report).partition("of a constant answer\n")[2].splitlines()]
+    asked = [score.question for score in report.questions if score.asked]
+    assert rows[: len(asked)] == asked
     backbone = report.backbone
     assert backbone.provenance["recipe"]["seed"] == 0
     result = open_runtime(backbone, "torch").embed(backbone.samples()["flux"], "flux")
@@ -56,8 +66,6 @@ def test_the_same_seed_gives_the_same_backbone(survey: Path, tmp_path: Path) -> 
 
 
 def test_training_lowers_the_loss(survey: Path, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     short = train(survey, tmp_path / "a", replace(RECIPE, epochs=1, learning_rate=1e-6), workers=0)
     long = train(survey, tmp_path / "b", replace(RECIPE, epochs=15, learning_rate=5e-3), workers=0)
     assert long.validation_nll < short.validation_nll - 1
@@ -80,6 +88,58 @@ def test_a_killed_run_goes_on_and_ends_where_an_unbroken_one_does(
             train(survey, tmp_path / "broken", RECIPE, workers=0)
     again = train(survey, tmp_path / "broken", RECIPE, workers=0, resume=True)
     assert again.backbone.embedding_id == whole.backbone.embedding_id
+
+
+def test_an_interrupted_run_leaves_a_backbone_that_only_its_own_end_replaces(
+    survey: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(survey, tmp_path / "whole", RECIPE, workers=0)
+    step = VoteTrainer.training_step
+
+    def interrupted(self: VoteTrainer, *batch: object) -> object:
+        if self.global_step == 1:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, *batch)
+
+    out = tmp_path / "part"
+    with monkeypatch.context() as patch:
+        patch.setattr(VoteTrainer, "training_step", interrupted)
+        settings = ["--arch", "test_convnext", "--size", "32", "--epochs", "2", "--batch", "8", "--workers", "0"]
+        ended = CliRunner().invoke(main, ["train", str(survey), "--out", str(out), *settings])
+    assert ended.exit_code == 130
+    assert "the same command goes on" in ended.output
+    part = load_backbone(out)
+    assert part.provenance["interrupted"] == 2
+    result = open_runtime(part, "torch").embed(part.samples()["flux"], "flux")
+    assert np.isfinite(result.vectors).all()
+    with pytest.raises(BadRequest, match=r"recipe.epochs was 2, is 3"):
+        train(survey, out, replace(RECIPE, epochs=3), workers=0)
+    end = train(survey, out, RECIPE, workers=0)
+    assert "interrupted" not in end.backbone.provenance
+    assert end.backbone.embedding_id == whole.backbone.embedding_id
+    with pytest.raises(BadRequest, match="already holds a backbone"):
+        train(survey, out, RECIPE, workers=0)
+
+
+def test_an_interrupted_backbone_without_its_checkpoint_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "backbone.json").write_text('{"provenance": {"interrupted": 3}}')
+    with pytest.raises(BadRequest, match="whose checkpoint is gone"):
+        train(tmp_path, tmp_path / "b", RECIPE)
+
+
+def test_there_must_be_images_to_validate_with(survey: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadRequest, match="no image to validate with"):
+        train(survey, tmp_path / "b", RECIPE, workers=0, shares=Shares(validation=0.0))
+
+
+def test_every_setting_of_a_recipe_has_an_option_with_the_same_default() -> None:
+    options = command.make_context("train", ["survey", "--out", "b"]).params
+    for settings in (Recipe(), Machine()):
+        for field in fields(settings):
+            if field.name in ("architecture_args", "augmentation"):
+                continue
+            assert options[field.name] == getattr(settings, field.name), field.name
 
 
 def test_pictures_train_through_the_display_door(tmp_path: Path) -> None:
@@ -144,30 +204,16 @@ def test_nothing_readable_is_an_error(survey: Path, tmp_path: Path) -> None:
         train(folder, tmp_path / "b", RECIPE, votes=survey / "votes.parquet", workers=0)
 
 
-def test_validation_rows_do_not_depend_on_order() -> None:
-    rng = np.random.default_rng(0)
-    count = 3000
-    rows = pa.table(
-        {
-            "survey": ["s"] * count,
-            "source_id": [str(i) for i in range(count)],
-            "ra": pa.array(rng.uniform(0, 360, count), mask=np.arange(count) < 100),
-            "dec": rng.uniform(-60, 60, count),
-            "size": [1.0] * count,
-            "fov": pa.nulls(count, pa.float64()),
-            "source_uri": ["x"] * count,
-            "source_version": ["v"] * count,
-            "neighbours": pa.nulls(count, pa.list_(pa.string())),
-        },
-        schema=SOURCES,
-    )
-    held_out = is_validation(rows)
-    assert 0.05 < held_out.mean() < 0.15
-    order = rng.permutation(count)
-    np.testing.assert_array_equal(is_validation(rows.take(pa.array(order))), held_out[order])
-
-
-def test_fraction_rmse_counts_galaxies_with_enough_votes() -> None:
-    votes = np.array([[15.0, 5.0], [3.0, 1.0]])
-    assert fraction_rmse(np.array([[0.65, 0.35], [0.0, 1.0]]), votes) == pytest.approx(0.1)
-    assert np.isnan(fraction_rmse(np.zeros((2, 2)), votes / 10))
+def test_votes_and_numbers_are_scored_each_in_their_own_way() -> None:
+    tree = QuestionTree("t", "", (Question("round", ("yes", "no")), Question("z", ("z",), kind="value")))
+    votes = np.array([[15.0, 5.0, np.nan], [3.0, 1.0, 0.5], [0.0, 0.0, 0.7]])
+    predicted = np.array([[0.65, 0.35, 0.1], [0.0, 1.0, 0.4], [0.5, 0.5, 0.6]])
+    losses = np.array([[2.0, 0.0], [4.0, 1.0], [0.0, 3.0]])
+    trained_on = np.array([[10.0, 10.0, 0.6], [20.0, 20.0, 0.8]])
+    shape, z = question_scores(tree, losses, predicted, votes, trained_on)
+    assert (shape.asked, shape.nll, shape.compared) == (2, 3.0, 1)
+    assert shape.rmse == pytest.approx(0.1)
+    assert shape.constant_rmse == pytest.approx(0.25)
+    assert (z.asked, z.nll, z.compared) == (2, 2.0, 2)
+    assert z.rmse == pytest.approx(0.1)
+    assert z.constant_rmse == pytest.approx(np.sqrt((0.2**2 + 0.0**2) / 2))

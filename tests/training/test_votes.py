@@ -10,10 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from astropy.table import MaskedColumn, Table
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from galembed.errors import ArtifactNotFound, SchemaMismatch, UnreadableInput
 from galembed.questions import Question, QuestionTree, combined, question_tree
-from training.votes import GZ2_COUNTS, read_votes
+from training.votes import GZ2_COUNTS, has_votes, read_image_votes, read_vote_table, read_votes
 
 TREE = QuestionTree("t", "-t", (Question("bar", ("yes", "no")), Question("odd", ("yes", "no"))))
 OTHER = QuestionTree("u", "-u", (Question("ring", ("yes", "no")),))
@@ -247,7 +250,166 @@ def test_galaxy_zoo_2_fills_its_part_of_a_head_over_all_campaigns(shared_data: P
     assert votes.sum(dtype=float) == votes[:, own].sum(dtype=float)
 
 
+def gz2(count: int, **others: object) -> dict[str, object]:
+    """Return columns as Galaxy Zoo 2's release has them: fractions of 0, and the id and number of volunteers."""
+    zeros = {name.replace("_count", "_weighted_fraction"): [0.0] * count for name in GZ2_COUNTS.values()}
+    return {"dr7objid": list(range(count)), "total_classifications": [40.0] * count} | zeros | others
+
+
+def test_galaxy_zoo_2s_fractions_become_the_votes_that_volunteers_on_their_way_cast(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tree = question_tree("gz2")
+    columns = gz2(
+        1,
+        t01_smooth_or_features_a01_smooth_weighted_fraction=[0.2],
+        t01_smooth_or_features_a02_features_or_disk_weighted_fraction=[0.75],
+        t01_smooth_or_features_a03_star_or_artifact_weighted_fraction=[0.05],
+        t02_edgeon_a04_yes_weighted_fraction=[0.5],
+        t02_edgeon_a05_no_weighted_fraction=[0.5],
+        t04_spiral_a08_spiral_weighted_fraction=[0.8],
+        t04_spiral_a09_no_spiral_weighted_fraction=[0.2],
+        t10_arms_winding_a28_tight_weighted_fraction=[0.25],
+        t10_arms_winding_a30_loose_weighted_fraction=[0.75],
+        t06_odd_a14_yes_weighted_fraction=[1.0],
+    )
+    with caplog.at_level(logging.INFO, logger="training.votes"):
+        _, votes = read_votes(write(tmp_path, columns), tree)
+    for question, expected in {
+        "smooth-or-featured": [8, 30, 2],
+        "disk-edge-on": [15, 15],
+        "has-spiral-arms": [12, 3],
+        "spiral-winding": [3, 0, 9],
+        "something-odd": [38, 0],
+        "bar": [0, 0],
+        "bulge-shape": [0, 0, 0],
+    }.items():
+        np.testing.assert_allclose(votes[0, tree.slices[question]], expected, rtol=1e-6, err_msg=question)
+    assert caplog.text.count("counts are fraction x total_classifications") == 1
+
+
+def test_galaxy_zoo_2s_plain_fractions_come_before_the_weighted_ones(tmp_path: Path) -> None:
+    columns = gz2(1, t03_bar_a06_bar_weighted_fraction=[1.0])
+    columns |= {name.replace("_count", "_fraction"): [0.5] for name in GZ2_COUNTS.values()}
+    tree = question_tree("gz2")
+    _, votes = read_votes(write(tmp_path, columns), tree)
+    bar = votes[0, tree.slices["bar"]]
+    assert bar[0] == bar[1] > 0
+
+
+def test_galaxy_zoo_2s_fractions_need_the_number_of_volunteers(tmp_path: Path) -> None:
+    columns = gz2(1)
+    del columns["total_classifications"]
+    with pytest.raises(SchemaMismatch, match=r"lacks vote column\(s\) total_classifications of the gz2 tree"):
+        read_votes(write(tmp_path, columns), question_tree("gz2"))
+
+
 @pytest.mark.shared_data
-def test_fractions_weighted_by_volunteer_are_no_votes(shared_data: Path) -> None:
-    with pytest.raises(SchemaMismatch, match=r"lacks vote column.*smooth-or-featured-gz2_smooth"):
-        read_votes(shared_data / "votes" / "gz2_votes_1000_open.parquet", question_tree("gz2"))
+def test_fractions_give_back_the_counts_of_galaxy_zoo_2_to_a_few_percent(tmp_path: Path, shared_data: Path) -> None:
+    """Stripe 82 has both: of its fractions alone come, question by question, nearly as many votes as were cast."""
+    tree = question_tree("gz2")
+    path = shared_data / "votes" / "gz2_stripe82_coadd_votes_open.parquet"
+    counted = read_votes(path, tree)[1]
+    table = pq.read_table(path)
+    pq.write_table(
+        table.drop_columns([name for name in table.column_names if name.endswith("_count")]),
+        tmp_path / "fractions.parquet",
+    )
+    expected = read_votes(tmp_path / "fractions.parquet", tree)[1]
+    for question, where in tree.slices.items():
+        total = expected[:, where].sum(dtype=float)
+        assert total == pytest.approx(counted[:, where].sum(dtype=float), rel=0.02), question
+    # Some stop early; the fractions have three digits.
+    assert np.abs(expected - counted).mean() < 0.1
+
+
+@pytest.mark.shared_data
+def test_real_fractions_with_the_number_of_volunteers_are_read(shared_data: Path) -> None:
+    tree = question_tree("gz2")
+    path = shared_data / "votes" / "gz2_votes_1000_open.parquet"
+    ids, votes = read_votes(path, tree)
+    assert (len(ids), ids[0]) == (700, "587739505552785605")
+    # Read off the file by eye: 38 volunteers, 0.73 smooth, 0.27 featured; 0.6 of those not edge-on see arms.
+    np.testing.assert_allclose(votes[0, tree.slices["smooth-or-featured"]], [27.74, 10.26, 0], rtol=1e-6)
+    np.testing.assert_allclose(votes[0, tree.slices["has-spiral-arms"]], [6.156, 4.104], rtol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(fractions=arrays(np.float64, (5, 30), elements=st.floats(0, 1)), volunteers=st.integers(0, 80))
+def test_no_question_gets_more_votes_than_the_answers_before_it(
+    tmp_path_factory: pytest.TempPathFactory, fractions: np.ndarray, volunteers: int
+) -> None:
+    tree = question_tree("gz2")
+    for where in tree.slices.values():
+        total = fractions[:, where].sum(axis=1, keepdims=True)
+        fractions[:, where] = np.divide(fractions[:, where], total, where=total > 0, out=fractions[:, where] * 0)
+    names = [GZ2_COUNTS[column].replace("_count", "_weighted_fraction") for column in tree.columns]
+    columns = gz2(5, total_classifications=[float(volunteers)] * 5) | {
+        name: fractions[:, at].clip(0, 1) for at, name in enumerate(names)
+    }
+    _, votes = read_votes(write(tmp_path_factory.mktemp("gz2"), columns), tree)
+    places = {
+        f"{question.name}_{answer}": tree.slices[question.name].start + at
+        for question in tree.questions
+        for at, answer in enumerate(question.answers)
+    }
+    for question in tree.questions:
+        most = sum((votes[:, places[parent]] for parent in question.after), np.zeros(5))
+        limit = most if question.after else np.full(5, float(volunteers))
+        assert (votes[:, tree.slices[question.name]].sum(axis=1) <= limit * (1 + 1e-5) + 1e-6).all(), question.name
+
+
+def test_equal_rows_of_one_id_are_one_and_a_row_without_an_id_is_none(tmp_path: Path) -> None:
+    columns = {"id_str": ["a", "b", "a", "", ""]} | {
+        name: [*values, values[0], 5, 6] for name, values in COUNTS.items()
+    }
+    ids, votes = read_votes(write(tmp_path, columns), TREE)
+    assert ids == ["a", "b"]
+    np.testing.assert_array_equal(votes, np.array(list(COUNTS.values())).T)
+
+
+@pytest.mark.parametrize("name", ["votes.parquet", "votes.csv"])
+def test_rows_of_one_id_that_differ_are_an_error_that_names_it(tmp_path: Path, name: str) -> None:
+    columns = {"id_str": ["a", "b", "b"]} | {column: [*values, 9] for column, values in COUNTS.items()}
+    with pytest.raises(SchemaMismatch, match="several rows for id 'b', and they differ"):
+        read_votes(write(tmp_path, columns, name), TREE)
+
+
+def test_a_split_column_is_read_if_it_is_there_or_named(tmp_path: Path) -> None:
+    columns = {"id_str": ["a", "b"]} | COUNTS
+    assert read_vote_table(write(tmp_path, columns), TREE).splits == ["", ""]
+    assert read_vote_table(write(tmp_path, columns | {"split": ["Train", None]}), TREE).splits == ["train", ""]
+    path = write(tmp_path, columns | {"part": ["val", "test"]}, "votes.csv")
+    assert read_vote_table(path, TREE, split_column="part").splits == ["validation", "test"]
+
+
+def test_a_split_column_that_is_absent_or_has_other_words_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, {"id_str": ["a", "b"], "parts": ["1", "2"]} | COUNTS)
+    with pytest.raises(SchemaMismatch, match=r"no column 'part' for the split; did you mean parts\?"):
+        read_vote_table(path, TREE, split_column="part")
+    with pytest.raises(SchemaMismatch, match=r"column parts: '[12]' names no side"):
+        read_vote_table(path, TREE, split_column="parts")
+
+
+def test_votes_beside_pictures_are_found_by_file_and_row(tmp_path: Path) -> None:
+    first = write(tmp_path, {"image": [b"", b""]} | COUNTS, "a.parquet")
+    second = write(tmp_path, {"id_str": ["x", "y"], "split": ["test", "test"]} | FRACTIONS, "b.parquet")
+    table = read_image_votes([str(first), str(second)], TREE)
+    assert table.ids == [f"{first}#0", f"{first}#1", f"{second}#0", f"{second}#1"]
+    np.testing.assert_allclose(table.votes, [[3, 0, 1, 2], [1, 4, 0, 0], [2, 6, 1, 2], [1.5, 1.5, 0, 0]])
+    assert table.splits == ["", "", "test", "test"]
+
+
+def test_one_id_with_two_votes_beside_pictures_is_an_error(tmp_path: Path) -> None:
+    first = write(tmp_path, {"id_str": ["a", "b"]} | COUNTS, "a.parquet")
+    other = write(tmp_path, {"id_str": ["c", "a"]} | COUNTS, "b.parquet")
+    same = write(tmp_path, {"id_str": ["a", "c"]} | COUNTS, "c.parquet")
+    assert len(read_image_votes([str(first), str(same)], TREE).ids) == 4
+    with pytest.raises(SchemaMismatch, match=r"b\.parquet has several rows for id 'a'"):
+        read_image_votes([str(first), str(other)], TREE)
+
+
+def test_a_table_has_votes_if_it_has_any_column_of_the_tree(tmp_path: Path) -> None:
+    assert has_votes(write(tmp_path, {"id_str": ["a"], "odd-t_no": [1]}), TREE)
+    assert has_votes(write(tmp_path, {"id_str": ["a"], "odd-t_no_fraction": [1.0]}), TREE)
+    assert not has_votes(write(tmp_path, {"id_str": ["a"], "ring-u_yes": [1]}), TREE)

@@ -1,0 +1,431 @@
+"""A backbone beside volunteers: its predictions on images with votes, scored question by question."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import Progress
+from torch.utils.data import DataLoader
+
+from galembed.backbones import Backbone, load_backbone
+from galembed.errors import BadRequest, SchemaMismatch, UnreadableInput
+from galembed.network import GalaxyNetwork
+from galembed.questions import QuestionTree, packaged_trees, question_tree
+from galembed.runtimes.torch import load_network
+from training.data import VotedImages, open_voted_images
+from training.features import CutoutBatches
+from training.metrics import LEAST_VOTES
+from training.targets import open_labelled_images
+from training.vote_scores import score
+from training.votes import has_votes
+
+logger = logging.getLogger(__name__)
+
+SPLITS: Final = ("validation", "test", "all")
+
+_SEVERAL = 10
+"""Volunteers whose expected error stands in the Markdown table."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well a backbone predicts votes; `str` gives Markdown. The tables' columns are described in their fields.
+
+    Attributes
+    ----------
+    backbone : Backbone
+    source, split : str
+        What it was evaluated on.
+    galaxies : int
+    unreadable : tuple of str
+        Why the others could not be read.
+    least : int
+        Votes on a question that a galaxy needs where fractions are compared.
+    questions, answers, values, campaigns, reliability, pit : pa.Table
+        See `training.vote_scores`.
+    """
+
+    backbone: Backbone
+    source: str
+    split: str
+    galaxies: int
+    unreadable: tuple[str, ...]
+    least: int
+    questions: pa.Table
+    answers: pa.Table
+    values: pa.Table
+    campaigns: pa.Table
+    reliability: pa.Table
+    pit: pa.Table
+
+    @property
+    def tables(self) -> dict[str, pa.Table]:
+        """All tables by name."""
+        names = ("questions", "answers", "values", "campaigns", "reliability", "pit")
+        return {name: getattr(self, name) for name in names}
+
+    def to_markdown(self) -> str:
+        """Return the tables by campaign and by question, with what was left out."""
+        unread = f", {len(self.unreadable)} unreadable" if self.unreadable else ""
+        parts = [
+            f"# Evaluation of {self.backbone.name}",
+            f"{self.galaxies} galaxies of `{self.source}` (split: {self.split}{unread}), backbone "
+            f"`{self.backbone.embedding_id[:12]}`, head `{self.backbone.head_id[:12]}`. Vote fractions are compared "
+            f"where a question has at least {self.least} vote{'s' if self.least > 1 else ''}.",
+            *([_question_lines(self.questions.to_pylist())] if self.questions.num_rows else []),
+            *([_campaign_lines(self.campaigns.to_pylist())] if self.questions.num_rows else []),
+            *([_value_lines(self.values.to_pylist())] if self.values.num_rows else []),
+        ]
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+    def __str__(self) -> str:
+        return self.to_markdown()
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write ``evaluation.md``, a Parquet file for each table, and the plots; return the files.
+
+        What an earlier evaluation left in `folder` is replaced.
+        """
+        from training.plots import pit_figure, reliability_figure, save_png, volunteers_figure
+
+        figures = {
+            "volunteers": volunteers_figure(self.questions),
+            "reliability": reliability_figure(self.reliability),
+            "pit": pit_figure(self.pit),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in (*(f"{name}.parquet" for name in self.tables), *(f"{name}.png" for name in figures)):
+            (folder / old).unlink(missing_ok=True)
+        files = [folder / "evaluation.md"]
+        files[0].write_text(self.to_markdown(), encoding="utf-8")
+        for name, table in self.tables.items():
+            if table.num_rows:
+                files.append(folder / f"{name}.parquet")
+                pq.write_table(table, files[-1])
+        for name, figure in figures.items():
+            if figure is not None:
+                files.append(folder / f"{name}.png")
+                save_png(figure, files[-1])
+        return files
+
+
+# --------------------------------------------------------------------------------------------------------- running
+
+
+def evaluate(
+    backbone: Backbone | str | Path,
+    source: str | Path,
+    *,
+    votes: str | Path | None = None,
+    catalogue: str | Path | None = None,
+    crop: float | None = None,
+    column: str | None = None,
+    split: str | None = None,
+    workers: int = 1,
+    least: int = LEAST_VOTES,
+) -> Evaluation:
+    """Predict the votes of images as `embed` reads them, without augmentation, and score them.
+
+    Parameters
+    ----------
+    backbone : Backbone, str or Path
+        With a question head; in a tree of several campaigns, questions that the votes do not have are left out.
+    source, votes, catalogue, crop
+        See `training.data.open_voted_images`.
+    column : str, optional
+        Column of `votes`, or of SOURCE's own table, with a label for each image: for a head that `galembed finetune`
+        made for classes or numbers. A label is then one vote, and one is enough.
+    split : str, optional
+        ``validation`` or ``test``: the galaxies that `galembed train` keeps away from training on the same source, so
+        that a backbone is scored on what it has not seen; ``all`` for data that it was not trained on. Validation
+        unless given; with `column` only ``all``.
+    workers : int
+        Processes that read images; 0 reads in this one.
+    least : int
+        Votes that a galaxy needs on a question where fractions are compared.
+
+    Raises
+    ------
+    BadRequest
+        If the backbone has no question head, or there is no galaxy in the split.
+    SchemaMismatch
+        If the votes are not on the backbone's questions.
+    UnreadableInput
+        If no image can be read.
+    """
+    split = split or ("all" if column else "validation")
+    if split not in SPLITS:
+        raise BadRequest(f"there is no split {split!r}; choose {', '.join(SPLITS)}")
+    if column and split != "all":
+        raise BadRequest(
+            f"split {split!r} is of votes; `galembed finetune` scores labels that it holds out itself, so give labels "
+            "that it has not seen, all of them"
+        )
+    backbone = backbone if isinstance(backbone, Backbone) else load_backbone(backbone)
+    tree = backbone.questions
+    if tree is None:
+        raise BadRequest(f"{backbone.path} has no question head; evaluate one that `galembed train` or finetune made")
+    if column:
+        images, least = _labelled_by(column, backbone, tree, source, votes, catalogue, crop), 1
+    else:
+        images = _open(backbone, tree, source, votes, catalogue, crop)
+    images = _with_labels(_chosen(images, split), tree, split)
+    predictions, targets, unreadable = _predict(backbone, images, workers)
+    for reason in unreadable[:5]:
+        logger.warning("left out: %s", reason)
+    tables = score(tree, targets, predictions, least=least)
+    return Evaluation(backbone, str(source), split, len(targets), tuple(unreadable), least, **tables)
+
+
+def _open(
+    backbone: Backbone,
+    tree: QuestionTree,
+    source: str | Path,
+    votes: str | Path | None,
+    catalogue: str | Path | None,
+    crop: float | None,
+) -> VotedImages:
+    try:
+        return open_voted_images(source, tree, votes=votes, catalogue=catalogue, crop=crop)
+    except (BadRequest, SchemaMismatch) as error:
+        theirs = _trees_of(source, votes, tree)
+        if not theirs:
+            raise
+        raise SchemaMismatch(
+            f"{backbone.name} answers the questions of {tree.name}, and the votes of {votes or source} are on those of "
+            f"{' or '.join(theirs)}: give votes on {tree.name}, or make a backbone that answers the others with "
+            f"`galembed finetune {backbone.reference} {source} --labels VOTES --questions {theirs[0]} --out NEW`"
+        ) from error
+
+
+def _labelled_by(
+    column: str,
+    backbone: Backbone,
+    tree: QuestionTree,
+    source: str | Path,
+    labels: str | Path | None,
+    catalogue: str | Path | None,
+    crop: float | None,
+) -> VotedImages:
+    """Return images with their labels as votes on the backbone's only question, or as its numbers."""
+    if len(tree.questions) > 1:
+        raise BadRequest(f"{backbone.name} answers the {len(tree.questions)} questions of {tree.name}, not --column")
+    (question,) = tree.questions
+    task = "regression" if question.kind == "value" else "classification"
+    catalogue = None if catalogue is None else Path(catalogue)
+    found = open_labelled_images(source, column=column, labels=labels, task=task, catalogue=catalogue, crop=crop)
+    if task == "regression":
+        return found.images
+    names = found.tree.questions[0].answers
+    unknown = sorted(set(names) - set(question.answers))
+    if unknown:
+        raise BadRequest(
+            f"{backbone.name} knows the classes {', '.join(question.answers)}, and column {column!r} has "
+            f"{', '.join(unknown[:5])} too; leave those rows out, or finetune with them"
+        )
+    targets = np.zeros((len(found.images), len(question.answers)), np.float32)
+    targets[:, [question.answers.index(name) for name in names]] = found.images.targets
+    return replace(found.images, targets=targets)
+
+
+def _trees_of(source: str | Path, votes: str | Path | None, tree: QuestionTree) -> list[str]:
+    """Return the campaigns on whose questions there are votes; none where `tree` is one of them, or on no file."""
+    table = next((file for file in _vote_files(source, votes) if file.is_file()), None)
+    if table is None or has_votes(table, tree):
+        return []
+    campaigns = [other for other in map(question_tree, packaged_trees()) if not other.campaigns]
+    return [other.name for other in campaigns if has_votes(table, other)]
+
+
+def _vote_files(source: str | Path, votes: str | Path | None) -> Iterator[Path]:
+    """Yield where the votes may be: in their own table, or beside the pictures."""
+    if votes is not None:
+        yield Path(votes)
+    else:
+        yield Path(source) / "votes.parquet"
+        yield from sorted(Path(source).rglob("*.parquet"))
+        yield Path(source)
+
+
+def _chosen(images: VotedImages, split: str) -> VotedImages:
+    if split == "all" or images.split is None:
+        return images
+    return _take(images, images.split.names == split)
+
+
+def _with_labels(images: VotedImages, tree: QuestionTree, split: str) -> VotedImages:
+    """Return the images with a vote or a number on any question."""
+    there = np.isfinite(images.targets) & (_is_value(tree) | (images.targets > 0))
+    labelled = _take(images, np.asarray(there.any(axis=1)))
+    if not len(labelled):
+        raise BadRequest(
+            f"split {split!r} has {len(images)} galaxies, none with votes on {tree.name}; "
+            "take another --split, or give their votes"
+        )
+    return labelled
+
+
+def _take(images: VotedImages, mask: NDArray[np.bool_]) -> VotedImages:
+    return replace(images, rows=images.rows.filter(pa.array(mask)), targets=images.targets[mask], split=None)
+
+
+def _is_value(tree: QuestionTree) -> NDArray[np.bool_]:
+    """Return which columns hold numbers, not votes."""
+    return np.array([q.kind == "value" for q in tree.questions for _ in q.answers])
+
+
+@torch.inference_mode()
+def _predict(
+    backbone: Backbone, images: VotedImages, workers: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32], list[str]]:
+    """Return predictions and targets (row, answer) of the images that can be read, and the others' reasons."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network: GalaxyNetwork = load_network(backbone).to(device)
+    predictions = np.full(images.targets.shape, np.nan, np.float32)
+    order = pc.sort_indices(images.rows["source_uri"]).to_numpy()  # rows of one file are read together
+    batches = CutoutBatches(images.reader, images.rows.take(pa.array(order)), backbone.contract)
+    good = np.zeros(len(images), bool)
+    unreadable: list[str] = []
+    loader: DataLoader[Any] = DataLoader(batches, batch_size=None, num_workers=workers)
+    with Progress(console=Console(stderr=True)) as bars:
+        for pixels, numbers, _, reasons in bars.track(loader, description="predicting"):
+            unreadable += reasons
+            if numbers:
+                features = network.features(network.channels(pixels.to(device), images.reader.kind))
+                predictions[order[numbers]] = network.concentrations(features).cpu().numpy()
+                good[order[numbers]] = True
+    if not good.any():
+        raise UnreadableInput(f"none of {len(images)} images can be read; the first: {unreadable[0]}")
+    return predictions[good], images.targets[good], unreadable
+
+
+# -------------------------------------------------------------------------------------------------------- markdown
+
+
+def _question_lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    compared = [row for row in rows if row["compared"]]
+    several = len({row["campaign"] for row in rows}) > 1
+    head = (
+        "question",
+        "galaxies",
+        "NLL (constant)",
+        "RMSE (constant)",
+        "MAE",
+        f"error ({_SEVERAL} volunteers)",
+        "as good as (constant)",
+        "50%, 90%",
+        "accuracy (constant) of",
+    )
+    body = [
+        (
+            row["question"],
+            str(row["compared"]),
+            f"{_text(row['nll'], 2)} ({_text(row['nll_constant'], 2)})",
+            f"{_text(row['rmse'], 3)} ({_text(row['rmse_constant'], 3)})",
+            _text(row["mae"], 3),
+            f"{_text(row['error'], 3)} ({_text(row['error_one'] / math.sqrt(_SEVERAL), 3)})",
+            _volunteers_text(row),
+            f"{_text(row['coverage_50'], 2)}, {_text(row['coverage_90'], 2)}",
+            _accuracy_text(row),
+        )
+        for row in compared
+    ]
+    silent = [row["question"] for row in rows if not row["compared"]]
+    notes = [
+        f"Not scored, for want of galaxies with enough votes: {', '.join(silent)}."
+        if len(silent) <= 12 or not several
+        else f"{len(silent)} questions are not scored, for want of galaxies with enough votes."
+    ]
+    return "\n\n".join([*([_table(head, body)] if body else []), *(notes if silent else [])])
+
+
+def _volunteers_text(row: Mapping[str, Any]) -> str:
+    if math.isnan(row["volunteers"]):
+        return "-"
+    number, low, high, constant = (_count(row[f"volunteers{end}"]) for end in ("", "_low", "_high", "_constant"))
+    interval = "few galaxies" if math.isnan(row["volunteers_low"]) else f"{low} to {high}"
+    return f"{number}, {interval} ({constant})"
+
+
+def _text(value: float, digits: int) -> str:
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _count(value: float) -> str:
+    """Return a number of volunteers: more than a thousand cannot be told from infinitely many."""
+    if math.isnan(value):
+        return "-"
+    if value > 1000:
+        return "∞"
+    return f"{value:.1f}" if value < 10 else f"{value:.0f}"
+
+
+def _accuracy_text(row: Mapping[str, Any]) -> str:
+    if not row["agreed"]:
+        return "-"
+    return f"{_text(row['accuracy'], 3)} ({_text(row['accuracy_constant'], 3)}) of {row['agreed']}"
+
+
+def _campaign_lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    head = (
+        "campaign",
+        "galaxies",
+        "questions",
+        "answers",
+        "NLL, summed (constant)",
+        "mean RMSE (constant)",
+        "mean MAE",
+        "as good as",
+        "50%, 90%",
+        "accuracy",
+    )
+    body = [
+        (
+            row["campaign"],
+            str(row["galaxies"]),
+            str(row["questions"]),
+            str(row["answers"]),
+            f"{_text(row['nll'], 2)} ({_text(row['nll_constant'], 2)})",
+            f"{_text(row['rmse'], 4)} ({_text(row['rmse_constant'], 4)})",
+            _text(row["mae"], 4),
+            _count(row["volunteers"]),
+            f"{_text(row['coverage_50'], 2)}, {_text(row['coverage_90'], 2)}",
+            _text(row["accuracy"], 3),
+        )
+        for row in rows
+    ]
+    return _table(head, body)
+
+
+def _value_lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    head = ("value", "galaxies", "RMSE (constant)", "MAE", "bias", "R²")
+    body = [
+        (
+            f"{row['question']} [{row['unit']}]" if row["unit"] else row["question"],
+            str(row["galaxies"]),
+            f"{row['rmse']:.4g} ({row['rmse_constant']:.4g})",
+            f"{row['mae']:.4g}",
+            f"{row['bias']:+.3g}",
+            _text(row["r2"], 3),
+        )
+        for row in rows
+        if row["galaxies"]
+    ]
+    return _table(head, body) if body else ""
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

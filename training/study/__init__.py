@@ -1,0 +1,1 @@
+"""Grids of trainings with error bars: loss against data and parameters, downstream error, label efficiency."""
