@@ -159,16 +159,24 @@ class Recipe:
 
 
 _RANGES: Final = (
+    ("size", 8, float("inf")),
+    ("radii", 0.1, float("inf")),
     ("epochs", 1, float("inf")),
     ("batch", 1, float("inf")),
     ("accumulate", 1, float("inf")),
+    ("learning_rate", 0.0, float("inf")),
+    ("weight_decay", 0.0, float("inf")),
+    ("warmup", 0.0, 1.0),
     ("layer_decay", 0.01, 1.0),
     ("trained_blocks", 0, float("inf")),
     ("drop_path", 0.0, 0.99),
     ("head_dropout", 0.0, 0.99),
+    ("clip", 0.0, float("inf")),
     ("ema", 0.0, 0.9999999),
     ("patience", 0, float("inf")),
     ("coarse", 0.0, 1.0),
+    ("max_minutes", 0.0, float("inf")),
+    ("seed", 0, float("inf")),
 )
 
 
