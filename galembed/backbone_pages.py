@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -21,7 +22,11 @@ _BUILTIN_LICENCE: Final = "BSD-3-Clause"
 
 
 def licence(backbone: Backbone) -> str:
-    """Return the licence on record; empty where there is none. The built-in backbone has the package's."""
+    """Return the licence on record; empty where there is none.
+
+    The built-in backbone has the package's. That of the weights a training began from is not the trained backbone's:
+    its images and votes bring their own terms.
+    """
     own = _BUILTIN_LICENCE if backbone.path == builtin_path() else ""
     return str(backbone.provenance.get("licence") or own)
 
@@ -61,14 +66,24 @@ def backbone_facts(backbone: Backbone) -> dict[str, Any]:
 
 
 def engine_facts(backbone: Backbone) -> list[dict[str, Any]]:
-    """Return the report of each engine, with ``current``: whether it was made from this encoder and head."""
+    """Return the report of each engine, with ``current``: whether it was made from this encoder and head.
+
+    Of a damaged report only the file's name is known.
+    """
     facts = []
     for file in sorted(backbone.engines.glob("*.json")):
-        report = json.loads(file.read_text(encoding="utf-8"))
+        report = _report(file)
         ids = report.get("embedding_id"), report.get("head_id")
         whole = (backbone.engines / str(report.get("file"))).is_file()
         facts.append(report | {"current": whole and ids == (backbone.embedding_id, backbone.head_id)})
     return facts
+
+
+def _report(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        return {"file": file.name}
 
 
 def backbone_text(backbone: Backbone) -> str:
@@ -124,7 +139,9 @@ def _engine_rows(engines: list[dict[str, Any]]) -> list[tuple[str, str]]:
     rows = []
     for engine in engines:
         state = _value(engine.get("fidelity", {})) if engine["current"] else "of another state; export again"
-        rows.append(("  engine", f"{engine.get('file')}, {engine.get('numeric_class')}, beside torch: {state}"))
+        rows.append(
+            ("  engine", f"{engine.get('file')}, {engine.get('numeric_class', 'damaged')}, beside torch: {state}")
+        )
     return rows
 
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import resources
@@ -34,6 +36,12 @@ GEOMETRY_VERSION: Final = 1
 
 BUILTIN: Final = "builtin"
 """The word that names the packaged backbone wherever a backbone's path is asked for."""
+
+FORMAT: Final = 1
+"""Of backbone.json."""
+
+_PLAIN_NAME: Final = re.compile(r"[\w.-]+")
+_READS_FILES: Final = re.compile(r"checkpoint_path|cache_dir|pretrained.*")
 
 
 @dataclass(frozen=True)
@@ -161,7 +169,7 @@ class Backbone:
         return self.path / "engines"
 
     def weights(self) -> dict[str, NDArray[np.float32]]:
-        """Return all weights as float32, checked against the identities on record.
+        """Return all weights as float32, checked against the identities and the vector's length on record.
 
         Raises
         ------
@@ -175,15 +183,27 @@ class Backbone:
                 f"{self.path}: weights or backbone.json were changed after the backbone was made "
                 f"(recorded embedding_id {self.embedding_id[:12]}, found {found[:12]}); restore the directory"
             )
+        if weights["centring_mean"].shape != (self.dim,):
+            raise ArtifactMismatch(
+                f"{self.path}: backbone.json says that vectors have {self.dim} numbers, and the weights are for "
+                f"{weights['centring_mean'].size}; restore the directory"
+            )
         return weights
 
     def samples(self) -> dict[str, NDArray[Any]]:
-        """Return stored example inputs: `flux` (n, 3, size, size) float32 and `display` (n, 3, size, size) uint8."""
+        """Return stored example inputs: `flux` (n, 3, size, size) float32 and `display` (n, 3, size, size) uint8.
+
+        Raises
+        ------
+        ArtifactNotFound
+            If there are none.
+        ArtifactMismatch
+            If the file is damaged.
+        """
         path = self.path / "samples.safetensors"
         if not path.exists():
             raise ArtifactNotFound(f"{path} is missing: the backbone has no sample inputs to check engines on")
-        samples: dict[str, NDArray[Any]] = load_file(path)
-        return samples
+        return _arrays(path)
 
 
 def cache_folder() -> Path:
@@ -209,7 +229,7 @@ def load_backbone(path: str | Path = BUILTIN) -> Backbone:
     ArtifactNotFound
         If there is no backbone.json.
     ArtifactMismatch
-        If backbone.json cannot be read.
+        If backbone.json is damaged or of another format, or would have timm read other files than the backbone's.
     """
     directory = builtin_path() if str(path) == BUILTIN else Path(path).resolve()
     file = directory / "backbone.json"
@@ -220,20 +240,47 @@ def load_backbone(path: str | Path = BUILTIN) -> Backbone:
         )
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-        return Backbone(
+        backbone = Backbone(
             path=directory,
             name=data["name"],
             architecture=data["architecture"],
-            architecture_args=data["architecture_args"],
+            architecture_args=dict(data["architecture_args"]),
             contract=InputContract.from_dict(data["input"]),
             questions=QuestionTree.from_dict(data["questions"]) if data["questions"] else None,
             dim=int(data["dim"]),
             embedding_id=data["embedding_id"],
             head_id=data["head_id"],
-            provenance=data["provenance"],
+            provenance=dict(data["provenance"]),
         )
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        version = int(data["format"])
+    except (ValueError, KeyError, TypeError) as error:
         raise ArtifactMismatch(f"{file} is not a backbone description: {error!r}; restore it") from error
+    if version != FORMAT:
+        raise ArtifactMismatch(
+            f"{file} is of format {version}, and this galembed reads {FORMAT}; use the galembed that made it"
+        )
+    require_own_weights(backbone.architecture, backbone.architecture_args, str(file))
+    return backbone
+
+
+def require_own_weights(architecture: str, arguments: Mapping[str, Any], where: str) -> None:
+    """Refuse what would make timm fetch or read weights beside those that are checked.
+
+    A name such as ``hf-hub:OWNER/NAME`` has timm fetch a description, and the argument ``checkpoint_path`` has it read
+    a checkpoint, which releases of timm before it passed ``weights_only=True`` unpickle: that can run code.
+
+    Raises
+    ------
+    ArtifactMismatch
+        If the name is not plain, or there is such an argument.
+    """
+    found = [name for name in arguments if _READS_FILES.fullmatch(str(name))]
+    if not _PLAIN_NAME.fullmatch(str(architecture)) or found:
+        what = f"the argument {found[0]}" if found else f"the architecture {architecture!r}"
+        raise ArtifactMismatch(
+            f"{where}: {what} would have timm read other files than the weights beside it; restore it, or do "
+            "not trust it"
+        )
 
 
 def save_backbone(
@@ -265,17 +312,24 @@ def save_backbone(
     Raises
     ------
     BadRequest
-        If `path` holds a backbone.
+        If `path` holds a backbone, or weights are not finite, or not as float16.
     """
     directory = Path(path)
     if (directory / "backbone.json").exists():
         raise BadRequest(f"{directory} already holds a backbone; choose another --out or remove it")
-    directory.mkdir(parents=True, exist_ok=True)
     dtype = np.float16 if half else np.float32
-    stored = {
-        key: np.ascontiguousarray(value, dtype=dtype if value.dtype.kind == "f" else value.dtype)
-        for key, value in weights.items()
-    }
+    with np.errstate(over="ignore"):
+        stored = {
+            key: np.ascontiguousarray(value, dtype=dtype if value.dtype.kind == "f" else value.dtype)
+            for key, value in weights.items()
+        }
+    wrong = [key for key, value in stored.items() if value.dtype.kind == "f" and not np.isfinite(value).all()]
+    if wrong:
+        raise BadRequest(
+            f"{directory}: {wrong[0]} and {len(wrong) - 1} other arrays of weights hold NaN or infinite numbers"
+            f"{', or ones beyond the range of float16; try without --half' if half else '; no backbone is written'}"
+        )
+    directory.mkdir(parents=True, exist_ok=True)
     save_file(stored, directory / "weights.safetensors")
     save_file(
         {key: np.ascontiguousarray(value) for key, value in samples.items()},
@@ -283,7 +337,7 @@ def save_backbone(
     )
     rounded = load_weights(directory / "weights.safetensors")
     description = {
-        "format": 1,
+        "format": FORMAT,
         "name": name,
         "architecture": architecture,
         "architecture_args": dict(architecture_args),
@@ -297,6 +351,8 @@ def save_backbone(
     # The description goes last: a directory without it is not a backbone, whatever a killed run left there.
     partial = directory / "backbone.json.partial"
     partial.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    for file in ("weights.safetensors", "samples.safetensors"):
+        shutil.copymode(partial, directory / file)  # safetensors lets nobody but the owner read
     partial.replace(directory / "backbone.json")
     return load_backbone(directory.resolve())  # a folder may be called builtin
 
@@ -313,11 +369,15 @@ def load_weights(file: Path) -> dict[str, NDArray[Any]]:
     """
     if not file.exists():
         raise ArtifactNotFound(f"{file} is missing; the backbone directory is not whole")
+    return {key: array.astype(np.float32) if array.dtype.kind == "f" else array for key, array in _arrays(file).items()}
+
+
+def _arrays(file: Path) -> dict[str, NDArray[Any]]:
     try:
-        arrays = load_file(file)
+        arrays: dict[str, NDArray[Any]] = load_file(file)
     except (SafetensorError, OSError) as error:
         raise ArtifactMismatch(f"{file} is damaged: {error}; restore it") from error
-    return {key: array.astype(np.float32) if array.dtype.kind == "f" else array for key, array in arrays.items()}
+    return arrays
 
 
 def embedding_identity(

@@ -36,7 +36,7 @@ _CONNECT_SECONDS: Final = 10
 _SILENT_SECONDS: Final = 60
 """How long a web server may be silent. aiohttp's own limit is on a whole download: 300 s. s3fs has 5 s and 15 s."""
 
-_MARKS: Final = ("ETag", "etag", "LastModified", "Last-Modified", "last_modified", "mtime")
+_MARKS: Final = ("ETag", "etag", "blob_id", "xet_hash", "LastModified", "Last-Modified", "last_modified", "mtime")
 """What file systems call the mark of a file's contents, the surest first."""
 
 

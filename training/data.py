@@ -22,7 +22,17 @@ from galembed.questions import QuestionTree
 from galembed.schemas import SOURCES
 from galembed.sources import SourceReader, open_source
 from galembed.sources.image_tables import ImageTableReader
-from training.reading import Facts, Pixels, StoredPixels, Task, read_all, require_room, with_margin
+from training.reading import (
+    Facts,
+    Pixels,
+    StoredPixels,
+    Task,
+    digest,
+    forget_reasons,
+    read_all,
+    require_room,
+    with_margin,
+)
 from training.splits import SHARES, SPLITS, Shares, Split, close_pairs, draw_split, equal_pairs, group_of, side_of_file
 from training.votes import VoteTable, has_votes, read_image_votes, read_vote_table
 
@@ -128,6 +138,11 @@ def open_voted_images(
     if unmatched := len(table.ids) - int(matched.sum()):
         logger.info("%d of %d rows with votes have no image in %s", unmatched, len(table.ids), source)
     rows, places = listing.filter(matched), at.drop_null().to_numpy()
+    voted = int((table.votes[places] > 0).any(axis=1).sum())
+    if not voted:
+        raise BadRequest(f"{votes or source}: none of its {len(rows)} images has a vote on a question of {tree.name}")
+    if voted < len(rows):
+        logger.warning("%d of %d images have no vote on any question of %s", len(rows) - voted, len(rows), tree.name)
     given = [table.splits[place] for place in places]
     if isinstance(reader, ImageTableReader) and not any(given):
         given = [side_of_file(uri.rpartition("#")[0]) for uri in rows["source_uri"].to_pylist()]
@@ -258,6 +273,8 @@ class Prepared:
     exact_rows : ndarray, optional, shape (row,), int64
         Place in `exact`; -1 for what is trained on.
     checked : Checked, optional
+    origin : str
+        SHA-256 of all that decides the pixels (`training.reading.digest`); empty where they are not from a source.
     """
 
     pixels: Pixels
@@ -269,6 +286,7 @@ class Prepared:
     exact: Pixels | None = None
     exact_rows: NDArray[np.int64] | None = None
     checked: Checked | None = None
+    origin: str = ""
 
     def take(self, which: NDArray[Any]) -> Prepared:
         """Return the rows of a mask, or of row numbers, which may repeat.
@@ -370,7 +388,7 @@ def prepare(
     require_room([(task, len(rows)), (exact_task, int((split.ranks > 0).sum()))])
 
     facts = _read(task, rows, workers, "reading")
-    _require_readable(rows, facts.reasons, max_unreadable)
+    _require_readable([task], rows, facts.reasons, max_unreadable)
     table = _with_positions(images.rows, facts)
     good = np.array([row not in facts.reasons for row in range(len(rows))])
     keys = [key if read else b"" for key, read in zip(facts.records["digest"], good, strict=True)]
@@ -384,6 +402,7 @@ def prepare(
     if len(held_out):
         again = _read(exact_task, images.rows.take(pa.array(held_out)), workers, "reading what is held out")
         reasons |= {int(held_out[row]): reason for row, reason in again.reasons.items()}
+        _require_readable([task, exact_task], rows, reasons, max_unreadable)
         good[[int(held_out[row]) for row in again.reasons]] = False
         exact = StoredPixels(exact_task.file)
         exact_rows[held_out] = np.arange(len(held_out))
@@ -411,6 +430,7 @@ def prepare(
         exact,
         exact_rows[numbers],
         checked,
+        digest(task, rows),
     )
     return prepared, [reasons[row] for row in sorted(reasons)]
 
@@ -425,17 +445,21 @@ def _read(task: Task, rows: pa.Table, workers: int, what: str) -> Facts:
         return read_all(task, rows, workers=workers, progress=lambda done: bars.advance(bar, done))
 
 
-def _require_readable(rows: pa.Table, reasons: Mapping[int, str], most: float) -> None:
-    if not reasons:
+def _require_readable(tasks: Sequence[Task], rows: pa.Table, reasons: Mapping[int, str], most: float) -> None:
+    """Refuse to go on with too few images; those that failed are then tried again by the next run."""
+    if len(reasons) <= most * len(rows) and len(reasons) < len(rows):
         return
+    if not reasons:
+        raise UnreadableInput("there are no images to read")
+    for task in tasks:
+        forget_reasons(task)
     first = reasons[min(reasons)]
     if len(reasons) == len(rows):
         raise UnreadableInput(f"none of {len(rows)} images can be read; the first: {first}")
-    if len(reasons) > most * len(rows):
-        raise UnreadableInput(
-            f"{len(reasons)} of {len(rows)} images cannot be read, which is more than {most:.0%}; the first: {first}. "
-            "Mend them, or allow more with --max-unreadable"
-        )
+    raise UnreadableInput(
+        f"{len(reasons)} of {len(rows)} images cannot be read, which is more than {most:.0%}; the first: {first}. "
+        "Mend them, or allow more with --max-unreadable"
+    )
 
 
 def _with_positions(rows: pa.Table, facts: Facts) -> pa.Table:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,9 +25,10 @@ from galembed.errors import BadRequest, SchemaMismatch, UnreadableInput
 from galembed.network import GalaxyNetwork
 from galembed.questions import QuestionTree, packaged_trees, question_tree
 from galembed.runtimes.torch import load_network
-from training.data import VotedImages, open_voted_images
+from training.data import MAX_UNREADABLE, VotedImages, open_voted_images
 from training.features import CutoutBatches
 from training.metrics import LEAST_VOTES
+from training.splits import SHARES, Shares
 from training.targets import open_labelled_images
 from training.vote_scores import score
 from training.votes import has_votes
@@ -35,8 +37,10 @@ logger = logging.getLogger(__name__)
 
 SPLITS: Final = ("validation", "test", "all")
 
-_SEVERAL = 10
+_SEVERAL: Final = 10
 """Volunteers whose expected error stands in the Markdown table."""
+
+_WIDTH: Final = 100
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ class Evaluation:
         Why the others could not be read.
     least : int
         Votes on a question that a galaxy needs where fractions are compared.
+    doubts : tuple of str
+        Why the galaxies may not be those that training held out.
     questions, answers, values, campaigns, reliability, pit : pa.Table
         See `training.vote_scores`.
     """
@@ -63,6 +69,7 @@ class Evaluation:
     galaxies: int
     unreadable: tuple[str, ...]
     least: int
+    doubts: tuple[str, ...]
     questions: pa.Table
     answers: pa.Table
     values: pa.Table
@@ -77,16 +84,24 @@ class Evaluation:
         return {name: getattr(self, name) for name in names}
 
     def to_markdown(self) -> str:
-        """Return the tables by campaign and by question, with what was left out."""
+        """Return the tables by question and by campaign, with what was left out and what is doubtful."""
         unread = f", {len(self.unreadable)} unreadable" if self.unreadable else ""
+        least = f"{self.least} vote{'s' if self.least > 1 else ''}"
+        compared = f" Vote fractions are compared where a question has at least {least}."
+        intro = (
+            f"{self.galaxies} galaxies of `{self.source}` (split: {self.split}{unread}), backbone "
+            f"`{self.backbone.embedding_id[:12]}`, head `{self.backbone.head_id[:12]}`."
+            f"{compared if self.questions.num_rows else ''}"
+        )
         parts = [
             f"# Evaluation of {self.backbone.name}",
-            f"{self.galaxies} galaxies of `{self.source}` (split: {self.split}{unread}), backbone "
-            f"`{self.backbone.embedding_id[:12]}`, head `{self.backbone.head_id[:12]}`. Vote fractions are compared "
-            f"where a question has at least {self.least} vote{'s' if self.least > 1 else ''}.",
-            *([_question_lines(self.questions.to_pylist())] if self.questions.num_rows else []),
-            *([_campaign_lines(self.campaigns.to_pylist())] if self.questions.num_rows else []),
-            *([_value_lines(self.values.to_pylist())] if self.values.num_rows else []),
+            *(
+                textwrap.fill(text, _WIDTH, break_long_words=False, break_on_hyphens=False)
+                for text in (intro, *self.doubts)
+            ),
+            _question_lines(self.questions.to_pylist()),
+            _campaign_lines(self.campaigns.to_pylist()),
+            _value_lines(self.values.to_pylist()),
         ]
         return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -133,6 +148,8 @@ def evaluate(
     crop: float | None = None,
     column: str | None = None,
     split: str | None = None,
+    split_column: str | None = None,
+    validation: float | None = None,
     workers: int = 1,
     least: int = LEAST_VOTES,
 ) -> Evaluation:
@@ -151,6 +168,8 @@ def evaluate(
         ``validation`` or ``test``: the galaxies that `galembed train` keeps away from training on the same source, so
         that a backbone is scored on what it has not seen; ``all`` for data that it was not trained on. Validation
         unless given; with `column` only ``all``.
+    split_column, validation
+        ``--split-column`` and ``--validation`` of the training run; as the backbone has them on record unless given.
     workers : int
         Processes that read images; 0 reads in this one.
     least : int
@@ -159,7 +178,8 @@ def evaluate(
     Raises
     ------
     BadRequest
-        If the backbone has no question head, or there is no galaxy in the split.
+        If the backbone has no question head, there is no galaxy in the split, or the backbone was fine-tuned, which
+        leaves no such split; if it was fine-tuned on labels and no column of them is named.
     SchemaMismatch
         If the votes are not on the backbone's questions.
     UnreadableInput
@@ -177,16 +197,83 @@ def evaluate(
     tree = backbone.questions
     if tree is None:
         raise BadRequest(f"{backbone.path} has no question head; evaluate one that `galembed train` or finetune made")
+    if not column and backbone.provenance.get("task") in ("classification", "regression"):
+        raise BadRequest(
+            f"{backbone.name} was fine-tuned on the labels in column {backbone.provenance.get('column')}: name the "
+            "column of labels that it has not seen with --column"
+        )
+    doubts: tuple[str, ...] = ()
     if column:
         images, least = _labelled_by(column, backbone, tree, source, votes, catalogue, crop), 1
     else:
-        images = _open(backbone, tree, source, votes, catalogue, crop)
+        held_out = None if split == "all" else _held_out(backbone, split, split_column, validation)
+        images = _open(backbone, tree, source, votes, catalogue, crop, held_out)
+        if held_out is not None:
+            doubts = tuple(filter(None, [held_out.doubt, _other_images(backbone, images)]))
+    if split == "all":
+        doubts = tuple(filter(None, [_same_images(backbone, images)]))
+    for doubt in doubts:
+        logger.warning(doubt)
     images = _with_labels(_chosen(images, split), tree, split)
     predictions, targets, unreadable = _predict(backbone, images, workers)
     for reason in unreadable[:5]:
         logger.warning("left out: %s", reason)
     tables = score(tree, targets, predictions, least=least)
-    return Evaluation(backbone, str(source), split, len(targets), tuple(unreadable), least, **tables)
+    return Evaluation(backbone, str(source), split, len(targets), tuple(unreadable), least, doubts, **tables)
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """How a training run chose what it held out, and what is doubtful about that."""
+
+    shares: Shares
+    column: str | None
+    doubt: str
+
+
+def _held_out(backbone: Backbone, split: str, column: str | None, validation: float | None) -> _HeldOut:
+    """Return what the options say, else what the backbone has on record."""
+    if "parent" in backbone.provenance:
+        raise BadRequest(
+            f"{backbone.name} was made by `galembed finetune`, perhaps from all of these images, and split {split!r} "
+            "is what `galembed train` holds out; give images that it has not seen, with --split all"
+        )
+    recorded = backbone.provenance.get("split")
+    doubt = ""
+    if recorded is None and column is None and validation is None:
+        doubt = (
+            f"{backbone.name} does not say how its training held galaxies out, so a tenth is taken as `galembed train` "
+            "does: if its run was told otherwise, say so with --validation or --split-column, or some of these were "
+            "trained on."
+        )
+    known = recorded or {"column": "", **asdict(SHARES)}
+    share = known["validation"] if validation is None else validation
+    return _HeldOut(Shares(validation=share, test=known["test"]), column or known["column"] or None, doubt)
+
+
+def _other_images(backbone: Backbone, images: VotedImages) -> str:
+    """Return a doubt where a source has not as many images to train on as the backbone was trained on."""
+    trained = backbone.provenance.get("images")
+    if not isinstance(trained, int) or images.split is None:
+        return ""
+    there = int((images.split.names == "train").sum())
+    if (1 - MAX_UNREADABLE) * there <= trained <= there:
+        return ""
+    return (
+        f"{backbone.name} was trained on {trained} images, and here are {there} to train on: not the same ones, so "
+        "what is held out may not be what was. If it has seen none of them, score --split all."
+    )
+
+
+def _same_images(backbone: Backbone, images: VotedImages) -> str:
+    """Return a doubt where there are exactly as many images to train on as the backbone was trained on."""
+    there = len(images) if images.split is None else int((images.split.names == "train").sum())
+    if backbone.provenance.get("images") != there:
+        return ""
+    return (
+        f"{backbone.name} was trained on {there} images, as many as there are here to train on: if they are the same, "
+        "these numbers flatter it."
+    )
 
 
 def _open(
@@ -196,10 +283,19 @@ def _open(
     votes: str | Path | None,
     catalogue: str | Path | None,
     crop: float | None,
+    held_out: _HeldOut | None,
 ) -> VotedImages:
+    column, shares = (held_out.column, held_out.shares) if held_out else (None, SHARES)
     try:
-        return open_voted_images(source, tree, votes=votes, catalogue=catalogue, crop=crop)
+        return open_voted_images(
+            source, tree, votes=votes, catalogue=catalogue, crop=crop, split_column=column, shares=shares
+        )
     except (BadRequest, SchemaMismatch) as error:
+        if column and f"no column {column!r} for the split" in str(error):
+            raise SchemaMismatch(
+                f"{error}; {backbone.name} was trained with --split-column {column}: give the votes of its training, "
+                "or --split all where it has seen none of these images"
+            ) from error
         theirs = _trees_of(source, votes, tree)
         if not theirs:
             raise
@@ -270,9 +366,12 @@ def _with_labels(images: VotedImages, tree: QuestionTree, split: str) -> VotedIm
     there = np.isfinite(images.targets) & (_is_value(tree) | (images.targets > 0))
     labelled = _take(images, np.asarray(there.any(axis=1)))
     if not len(labelled):
+        drawn = (
+            "; only a table's split column or the files of a hub data set make a test set" if split == "test" else ""
+        )
         raise BadRequest(
             f"split {split!r} has {len(images)} galaxies, none with votes on {tree.name}; "
-            "take another --split, or give their votes"
+            f"take another --split, or give their votes{drawn}"
         )
     return labelled
 
@@ -315,48 +414,51 @@ def _predict(
 
 
 def _question_lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return two tables, narrow enough to be read as text, and which questions are in neither."""
     compared = [row for row in rows if row["compared"]]
     several = len({row["campaign"] for row in rows}) > 1
-    head = (
-        "question",
-        "galaxies",
-        "NLL (constant)",
-        "RMSE (constant)",
-        "MAE",
-        f"error ({_SEVERAL} volunteers)",
-        "as good as (constant)",
-        "50%, 90%",
-        "accuracy (constant) of",
-    )
-    body = [
+    fractions = [
         (
             row["question"],
             str(row["compared"]),
-            f"{_text(row['nll'], 2)} ({_text(row['nll_constant'], 2)})",
             f"{_text(row['rmse'], 3)} ({_text(row['rmse_constant'], 3)})",
-            _text(row["mae"], 3),
             f"{_text(row['error'], 3)} ({_text(row['error_one'] / math.sqrt(_SEVERAL), 3)})",
             _volunteers_text(row),
+        )
+        for row in compared
+    ]
+    chances = [
+        (
+            row["question"],
+            str(row["galaxies"]),
+            f"{_text(row['nll'], 2)} ({_text(row['nll_constant'], 2)})",
+            _text(row["mae"], 3),
             f"{_text(row['coverage_50'], 2)}, {_text(row['coverage_90'], 2)}",
             _accuracy_text(row),
         )
         for row in compared
     ]
     silent = [row["question"] for row in rows if not row["compared"]]
-    notes = [
-        f"Not scored, for want of galaxies with enough votes: {', '.join(silent)}."
-        if len(silent) <= 12 or not several
-        else f"{len(silent)} questions are not scored, for want of galaxies with enough votes."
+    named = f"Not scored, for want of galaxies with enough votes: {', '.join(silent)}."
+    counted = f"{len(silent)} questions are not scored, for want of galaxies with enough votes."
+    of_several = f"error (of {_SEVERAL})"
+    parts = [
+        _table(("question", "galaxies", "RMSE (constant)", of_several, "as good as (constant)"), fractions),
+        _table(("question", "asked", "NLL (constant)", "MAE", "50%, 90%", "accuracy (constant) of"), chances),
+        textwrap.fill(named if len(silent) <= 12 or not several else counted, _WIDTH, break_on_hyphens=False)
+        if silent
+        else "",
     ]
-    return "\n\n".join([*([_table(head, body)] if body else []), *(notes if silent else [])])
+    return "\n\n".join(filter(None, parts))
 
 
 def _volunteers_text(row: Mapping[str, Any]) -> str:
     if math.isnan(row["volunteers"]):
         return "-"
     number, low, high, constant = (_count(row[f"volunteers{end}"]) for end in ("", "_low", "_high", "_constant"))
-    interval = "few galaxies" if math.isnan(row["volunteers_low"]) else f"{low} to {high}"
-    return f"{number}, {interval} ({constant})"
+    if math.isnan(row["volunteers_low"]):  # the mean of a few galaxies is near each of them
+        return f"{number}, few galaxies"
+    return f"{number}, {low} to {high} ({constant})"
 
 
 def _text(value: float, digits: int) -> str:
@@ -379,34 +481,30 @@ def _accuracy_text(row: Mapping[str, Any]) -> str:
 
 
 def _campaign_lines(rows: Sequence[Mapping[str, Any]]) -> str:
-    head = (
-        "campaign",
-        "galaxies",
-        "questions",
-        "answers",
-        "NLL, summed (constant)",
-        "mean RMSE (constant)",
-        "mean MAE",
-        "as good as",
-        "50%, 90%",
-        "accuracy",
-    )
-    body = [
+    sizes = [
         (
             row["campaign"],
-            str(row["galaxies"]),
-            str(row["questions"]),
-            str(row["answers"]),
+            *(str(row[key]) for key in ("galaxies", "questions", "answers")),
             f"{_text(row['nll'], 2)} ({_text(row['nll_constant'], 2)})",
-            f"{_text(row['rmse'], 4)} ({_text(row['rmse_constant'], 4)})",
-            _text(row["mae"], 4),
-            _count(row["volunteers"]),
-            f"{_text(row['coverage_50'], 2)}, {_text(row['coverage_90'], 2)}",
             _text(row["accuracy"], 3),
         )
         for row in rows
     ]
-    return _table(head, body)
+    means = [
+        (
+            row["campaign"],
+            f"{_text(row['rmse'], 4)} ({_text(row['rmse_constant'], 4)})",
+            _text(row["mae"], 4),
+            _count(row["volunteers"]),
+            f"{_text(row['coverage_50'], 2)}, {_text(row['coverage_90'], 2)}",
+        )
+        for row in rows
+    ]
+    parts = [
+        _table(("campaign", "galaxies", "questions", "answers", "NLL, summed (constant)", "accuracy"), sizes),
+        _table(("campaign", "mean RMSE (constant)", "mean MAE", "as good as", "50%, 90%"), means),
+    ]
+    return "\n\n".join(filter(None, parts))
 
 
 def _value_lines(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -423,9 +521,19 @@ def _value_lines(rows: Sequence[Mapping[str, Any]]) -> str:
         for row in rows
         if row["galaxies"]
     ]
-    return _table(head, body) if body else ""
+    return _table(head, body)
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    """Return a Markdown table whose columns are aligned as text, too; empty without rows."""
+    if not body:
+        return ""
+    wide = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+    rule = ["-" * wide[0], *("-" * (width - 1) + ":" for width in wide[1:])]
+    lines = [
+        " | ".join(
+            [cells[0].ljust(wide[0]), *(cell.rjust(width) for cell, width in zip(cells[1:], wide[1:], strict=True))]
+        )
+        for cells in (head, rule, *body)
+    ]
+    return "\n".join(f"| {line} |" for line in lines)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
+import os
 import shlex
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -18,19 +21,22 @@ from typing import Any, Final
 import lightning
 import numpy as np
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from galembed.backbones import InputContract, save_backbone
-from galembed.errors import BadRequest
+from galembed.errors import BadRequest, GalembedError
 from galembed.network import GalaxyNetwork
 from galembed.questions import QuestionTree, question_tree
 from training.batches import FixedBatches, TrainingBatches
 from training.data import MAX_UNREADABLE, Prepared, open_prepared
 from training.initial import Initial
 from training.loss import targets_nll
+from training.reading import FULL
 from training.recipe import PRECISIONS, Machine, Recipe
 from training.report import Fitted, TrainingReport, question_scores
 from training.splits import SHARES, Shares
@@ -40,15 +46,16 @@ from training.trainer import (
     Checkpoints,
     Curves,
     Interrupted,
-    ProgressBar,
     VoteTrainer,
     curve_loggers,
+    progress_bar,
 )
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT: Final = "last.ckpt"
 RECORD: Final = "run.json"
+LOCK: Final = "run.lock"
 
 _GOING_ON: Final = ("--resume", "--restart")
 
@@ -111,82 +118,92 @@ def train(
     ------
     BadRequest
         If `out` holds a backbone already, other than what an interrupted run of the same recipe and data left there;
-        if its checkpoint is of another recipe or other data; if there is nothing to resume.
+        if its checkpoint is of another recipe or other data; if there is nothing to resume; if another run is at work
+        there.
     """
     started = time.monotonic()
     machine = machine or Machine()
+    if resume and restart:
+        raise BadRequest("--resume goes on from a checkpoint and --restart discards it; give one of them")
+    out = Path(os.path.abspath(out))
     logs = out.with_name(out.name + ".training")
     _check_out(out, logs, restart=restart)
     initial = recipe.first_weights()
     recipe, contract = recipe.settled(initial)
-    facts = {
+    tree = question_tree(recipe.questions)
+    facts: dict[str, Any] = {
         "recipe": asdict(recipe),
         "contract": contract.to_dict(),
         "initial": dict(initial.files) if initial else {},
     }
-    check_run(logs, facts, resume=resume, restart=restart)
-    tree = question_tree(recipe.questions)
-    prepared = open_prepared(
-        source,
-        contract,
-        tree,
-        logs,
-        votes=votes,
-        catalogue=catalogue,
-        crop=crop,
-        split_column=split_column,
-        shares=shares,
-        workers=workers,
-        max_unreadable=max_unreadable,
-    )
-    training, validation = prepared.part("train"), prepared.part("validation")
-    for part, name_of_part in ((training, "train on"), (validation, "validate with")):
-        if not len(part):
-            raise BadRequest(f"{source} has no image to {name_of_part}: {len(prepared)} were read; see --validation")
+    _require_machine(recipe, machine)
     network = new_network(recipe, contract, tree, initial)
-    fitted = fit(network, training, validation, recipe, logs, machine=machine, facts=facts)
-    if rank_zero_only.rank:
-        raise SystemExit(0)
-    network.to(fitted.device)
-    if half:
-        network.half().float()
-    kind = door(prepared)
-    network.centring_mean.copy_(mean_features(network, training, contract.size))
-    losses, predicted = _predictions(network, validation, contract.size)
-    (out / "backbone.json").unlink(missing_ok=True)  # of this run, when it was interrupted
-    backbone = save_backbone(
-        out,
-        name=name or f"{recipe.architecture}-{tree.name}",
-        architecture=str(recipe.architecture),
-        architecture_args=recipe.architecture_args,
-        contract=contract,
-        questions=tree,
-        weights={key: value.cpu().numpy() for key, value in network.state_dict().items()},
-        samples=_samples(network.cpu(), validation, contract.size, kind),
-        provenance={
-            # A run that went on gives what an unbroken one does, so these words are left out.
-            "command": shlex.join(["galembed", *(word for word in sys.argv[1:] if word not in _GOING_ON)]),
-            "recipe": asdict(recipe),
-            "images": len(training),
-            "simulation": _simulation(source),
-            "initial": _origin(initial),
-            "validation_nll": round(float(losses.sum(axis=1).mean()), 4),
-            "versions": {package: version(package) for package in ("galembed", "torch", "timm", "lightning")},
-        }
-        | ({"interrupted": fitted.steps} if fitted.interrupted else {}),
-        half=half,
-    )
-    if not fitted.interrupted:
-        for pattern in ("images*", CHECKPOINT, RECORD, BEST):
-            for file in logs.glob(pattern):
-                file.unlink()
+    _require_sizes(network, recipe)
+    with alone_in(logs), _told_where_full(out.parent):
+        if not restart:
+            check_run(logs, facts, resume=resume)
+        prepared = open_prepared(
+            source,
+            contract,
+            tree,
+            logs,
+            votes=votes,
+            catalogue=catalogue,
+            crop=crop,
+            split_column=split_column,
+            shares=shares,
+            workers=workers,
+            max_unreadable=max_unreadable,
+        )
+        training, validation = prepared.part("train"), prepared.part("validation")
+        for part, purpose in ((training, "train on"), (validation, "validate with")):
+            if not len(part):
+                raise BadRequest(f"{source} has no image to {purpose}: {len(prepared)} were read; see --validation")
+        facts |= {"pixels": prepared.origin}
+        fitted = fit(network, training, validation, recipe, logs, machine=machine, facts=facts, restart=restart)
+        if rank_zero_only.rank:
+            raise SystemExit(0)
+        network.to(fitted.device)
+        if half:
+            _round(network)
+        network.centring_mean.copy_(mean_features(network, training, contract.size))
+        losses, predicted = _predictions(network, validation, contract.size)
+        validation_nll = float(losses.sum(axis=1).mean())
+        (out / "backbone.json").unlink(missing_ok=True)  # of this run, when it was interrupted
+        backbone = save_backbone(
+            out,
+            name=name or f"{recipe.architecture}-{tree.name}",
+            architecture=str(recipe.architecture),
+            architecture_args=recipe.architecture_args,
+            contract=contract,
+            questions=tree,
+            weights={key: value.cpu().numpy() for key, value in network.state_dict().items()},
+            samples=_samples(network.cpu(), validation, contract.size, door(prepared)),
+            provenance={
+                # A run that went on gives what an unbroken one does, so these words are left out.
+                "command": shlex.join(["galembed", *(word for word in sys.argv[1:] if word not in _GOING_ON)]),
+                "recipe": asdict(recipe),
+                "images": len(training),
+                "split": {"column": split_column or "", **asdict(shares)},
+                "simulation": _simulation(source),
+                "initial": _origin(initial),
+                "validation_nll": round(validation_nll, 4),
+                "versions": {package: version(package) for package in ("galembed", "torch", "timm", "lightning")},
+            }
+            | ({"interrupted": fitted.steps} if fitted.interrupted else {}),
+            half=half,
+        )
+        if not fitted.interrupted:
+            for pattern in ("images*", CHECKPOINT, RECORD, BEST):
+                for file in logs.glob(pattern):
+                    file.unlink()
     return TrainingReport(
         backbone,
         len(training),
         len(validation),
         len(prepared.checked.unreadable) if prepared.checked else 0,
         fitted,
-        float(losses.sum(axis=1).mean()),
+        validation_nll,
         question_scores(tree, losses, predicted, validation.targets, training.targets),
         time.monotonic() - started,
     )
@@ -227,6 +244,33 @@ def new_network(
             {key: head[key] for key in head if key.startswith(("head.", "precision."))}, strict=False
         )
     return network
+
+
+def _require_machine(recipe: Recipe, machine: Machine) -> bool:
+    """Check that a recipe can be carried out on a machine; return whether on a CUDA device."""
+    cuda = machine.accelerator != "cpu" and torch.cuda.is_available()
+    if recipe.precision == "fp16" and not cuda:
+        raise BadRequest("fp16 needs a GPU; choose bf16 or fp32")
+    return cuda
+
+
+@torch.no_grad()
+def _require_sizes(network: GalaxyNetwork, recipe: Recipe) -> None:
+    """Check, before images are read, that a network takes those of the recipe's size, and of half of it if coarse."""
+    size = recipe.size or 0
+    network.eval()
+    for side in (size, size // 2) if recipe.coarse else (size,):
+        try:
+            network.features(torch.zeros(1, 3, side, side))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise BadRequest(f"{recipe.architecture} does not take images of {side} px: {error}") from error
+    network.train()
+
+
+def _round(network: GalaxyNetwork) -> None:
+    """Round the weights, and nothing else, to what float16 holds: those that the centring mean is to belong to."""
+    state = network.state_dict()
+    network.load_state_dict({k: v.half().float() if v.is_floating_point() else v for k, v in state.items()})
 
 
 def door(prepared: Prepared) -> str:
@@ -278,6 +322,8 @@ def fit(
     checkpoint = folder / CHECKPOINT
     going_on = checkpoint.exists()
     if rank_zero_only.rank == 0:
+        if not going_on:
+            (folder / BEST).unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
         _write_record(folder, facts)
     begun_at = _step_of(checkpoint) if going_on else 0
     batch = min(recipe.batch, len(training) - len(training) % (recipe.accumulate * machine.devices))
@@ -286,9 +332,7 @@ def fit(
             f"a batch of {batch} images ({len(training)} to train on) cannot be divided equally among "
             f"{machine.devices} device(s) and {recipe.accumulate} part(s)"
         )
-    cuda = machine.accelerator != "cpu" and torch.cuda.is_available()
-    if recipe.precision == "fp16" and not cuda:
-        raise BadRequest("fp16 needs a GPU; choose bf16 or fp32")
+    cuda = _require_machine(recipe, machine)
     steps = recipe.epochs * (len(training) // batch)
     module = VoteTrainer(network, recipe, door(training), steps, folder)
     if machine.compile:
@@ -305,22 +349,28 @@ def fit(
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its advertisements; errors are raised
     curves = Curves(batches)
     checkpoints = Checkpoints(checkpoint, machine.checkpoint_minutes, recipe.accumulate)
-    trainer = lightning.Trainer(
-        accelerator=machine.accelerator,
-        devices=machine.devices,
-        strategy="ddp" if machine.devices > 1 else "auto",
-        precision=PRECISIONS[recipe.precision],
-        max_epochs=recipe.epochs,
-        max_time={"minutes": recipe.max_minutes} if recipe.max_minutes else None,
-        accumulate_grad_batches=recipe.accumulate,
-        gradient_clip_val=recipe.clip,
-        logger=curve_loggers(folder, begun_at),
-        callbacks=[curves, ProgressBar(leave=True, console_kwargs={"stderr": True}), checkpoints],
-        plugins=[AtomicFiles()],
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        enable_model_summary=False,
-    )
+    try:
+        trainer = lightning.Trainer(
+            accelerator=machine.accelerator,
+            devices=machine.devices,
+            strategy="ddp" if machine.devices > 1 else "auto",
+            precision=PRECISIONS[recipe.precision],
+            max_epochs=recipe.epochs,
+            max_time={"minutes": recipe.max_minutes} if recipe.max_minutes else None,
+            accumulate_grad_batches=recipe.accumulate,
+            gradient_clip_val=recipe.clip,
+            logger=curve_loggers(folder, begun_at),
+            callbacks=[curves, checkpoints] if machine.quiet else [curves, progress_bar(), checkpoints],
+            enable_progress_bar=not machine.quiet,
+            plugins=[AtomicFiles()],
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+        )
+    except MisconfigurationException as error:
+        raise BadRequest(
+            f"--accelerator {machine.accelerator} with {machine.devices} device(s) cannot be had: {error}"
+        ) from error
     fixed = FixedBatches(validation, module.size, rank=lambda: int(module.global_rank), ranks=machine.devices)
     interrupted = False
     with warnings.catch_warnings(), checkpoints.catching_signals():
@@ -361,6 +411,50 @@ def data_digest(*parts: Prepared) -> str:
         digest.update(np.ascontiguousarray(part.targets).tobytes())
         digest.update(np.ascontiguousarray(part.weights).tobytes())
     return digest.hexdigest()
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Make a folder and hold its lock, which goes with the process, however that ends.
+
+    Processes that share a run's batches do not ask for it. A file system that has no locks is trusted.
+
+    Raises
+    ------
+    BadRequest
+        If another run holds it, or the folder cannot be made.
+    """
+    if rank_zero_only.rank:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("w")
+    except OSError as error:
+        raise BadRequest(f"{folder} cannot be written to ({error}); choose another --out") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BadRequest(f"another run is at work in {folder}; let it end, or choose another --out") from error
+        except OSError as error:
+            logger.info("%s cannot be locked (%s): let no other run write there", folder, error)
+        yield
+
+
+@contextmanager
+def _told_where_full(folder: Path) -> Iterator[None]:
+    """Say in a sentence that a disk is full; safetensors has only the system's own words for it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = error.errno in FULL if isinstance(error, OSError) else any(f"os error {n})" in str(error) for n in FULL)
+        if isinstance(error, GalembedError) or not full:
+            raise
+        raise BadRequest(
+            f"the disk of {folder} is full ({error}); make room and run the same command again, which goes on from its "
+            "last checkpoint"
+        ) from error
 
 
 def check_run(folder: Path, facts: Mapping[str, Any], *, resume: bool = False, restart: bool = False) -> None:
@@ -420,9 +514,14 @@ def _write_record(folder: Path, facts: Mapping[str, Any]) -> None:
 
 def _check_out(out: Path, logs: Path, *, restart: bool) -> None:
     """Refuse to replace a backbone, unless it is what this run left when it was interrupted."""
+    if out.exists() and not out.is_dir():
+        raise BadRequest(f"{out} is a file; choose another --out, a directory to make")
     if not (out / "backbone.json").exists():
         return
-    found = json.loads((out / "backbone.json").read_text(encoding="utf-8"))
+    try:
+        found = json.loads((out / "backbone.json").read_text(encoding="utf-8"))
+    except ValueError:
+        found = {}
     if not found.get("provenance", {}).get("interrupted"):
         raise BadRequest(f"{out} already holds a backbone; choose another --out or remove it")
     if not restart and not (logs / CHECKPOINT).exists():
@@ -446,7 +545,7 @@ def _origin(initial: Initial | None) -> dict[str, Any] | None:
 
 @torch.inference_mode()
 def mean_features(network: GalaxyNetwork, prepared: Prepared, size: int) -> Tensor:
-    """Return the mean feature vector (dim,) over at most 4,096 prepared images, spread over all, for centring."""
+    """Return the mean feature vector (dim,) over 4,096 to 8,191 prepared images spread over all, or all of fewer."""
     chosen = np.zeros(len(prepared), bool)
     chosen[:: max(1, len(prepared) // 4096)] = True
     device = network.centring_mean.device

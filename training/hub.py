@@ -70,9 +70,9 @@ def push_folder(
     BadRequest
         If the folder holds anything, or no licence is given nor on record.
     ArtifactNotFound
-        If there are no tables in `metrics`.
+        If there are no tables in `metrics`, or the backbone has no sample inputs.
     ArtifactMismatch
-        If the tables are another backbone's, or the weights not those on record.
+        If the tables are another backbone's, the weights not those on record, or the samples damaged.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadRequest(f"{folder} holds something already; choose another --to or empty it")
@@ -84,6 +84,7 @@ def push_folder(
         )
     tables = _evaluation(metrics, backbone) if metrics else ""
     weights = backbone.weights()
+    backbone.samples()  # to fail before anything is written
     encoder = {key.removeprefix("encoder."): value for key, value in weights.items() if key.startswith("encoder.")}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(encoder, folder / "model.safetensors", metadata={"format": "pt"})
@@ -95,6 +96,7 @@ def push_folder(
 
 def copy_backbone(backbone: Backbone, folder: Path, **provenance: str) -> None:
     """Copy a backbone's own files, with additions to its provenance; engines stay where they were verified."""
+    backbone.samples()  # what is copied is known to be samples
     folder.mkdir(parents=True, exist_ok=True)
     for file in ("weights.safetensors", "samples.safetensors"):
         shutil.copyfile(backbone.path / file, folder / file)

@@ -154,20 +154,11 @@ def import_backbone(
     _check_size(network, contract.size, initial)
     if images is not None:
         centre = _centre(network, images, contract, progress)
-        centred_on = f"{centre.galaxies} images of {images.root}"
+        centred_on, hint = f"{centre.galaxies} images of {images.root}", ""
     else:
-        with tempfile.TemporaryDirectory(prefix="galembed-") as folder:
-            files = simulate_survey(
-                Path(folder) / "survey",
-                bricks=0,
-                cutouts=SIMULATED,
-                seed=_SEED,
-                workers=workers,
-                progress=progress,
-            )
-            reader = open_source(files.cutouts, catalogue=files.cutout_catalogue)
-            centre = _centre(network, reader, contract, progress)
-        centred_on = f"{centre.galaxies} simulated galaxies (seed {_SEED}); --images SOURCE takes your own"
+        centre = _simulated_centre(network, contract, workers, progress)
+        centred_on = f"{centre.galaxies} simulated galaxies (seed {_SEED})"
+        hint = "; --images SOURCE takes your own"
     network.centring_mean.copy_(centre.mean)
     backbone = save_backbone(
         out,
@@ -184,12 +175,12 @@ def import_backbone(
             "files": dict(initial.files),
             "licence": initial.licence,
             "notes": list(initial.notes),
-            "centred_on": centred_on.partition(";")[0],
+            "centred_on": centred_on,
             "versions": {package: version(package) for package in ("galembed", "torch", "timm")},
         },
         half=half,
     )
-    return Imported(backbone, initial.source, initial.licence, centred_on, centre.failed, initial.notes)
+    return Imported(backbone, initial.source, initial.licence, centred_on + hint, centre.failed, initial.notes)
 
 
 def _copy(initial: Initial, backbone: Backbone, out: Path) -> Imported:
@@ -248,6 +239,17 @@ def _centre(
         raise BadRequest(f"none of the {len(rows)} images tried in {reader.root} can be read: {errors[0]}")
     pixels = np.stack(first)
     return _Centre((total / galaxies).float(), _samples(network, pixels, reader.kind), galaxies, len(errors))
+
+
+def _simulated_centre(
+    network: GalaxyNetwork, contract: InputContract, workers: int | None, progress: Progress | None
+) -> _Centre:
+    with tempfile.TemporaryDirectory(prefix="galembed-") as folder:
+        files = simulate_survey(
+            Path(folder) / "survey", bricks=0, cutouts=SIMULATED, seed=_SEED, workers=workers, progress=progress
+        )
+        reader = open_source(files.cutouts, catalogue=files.cutout_catalogue)
+        return _centre(network, reader, contract, progress)
 
 
 def _chosen(reader: SourceReader) -> pa.Table:

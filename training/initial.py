@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 import warnings
 from collections import Counter
@@ -37,7 +38,7 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor
 
 from galembed.backbone_pages import licence
-from galembed.backbones import BUILTIN, Backbone, file_digest, load_backbone
+from galembed.backbones import BUILTIN, Backbone, file_digest, load_backbone, require_own_weights
 from galembed.errors import ArtifactMismatch, ArtifactNotFound, BadRequest, UnreadableInput
 
 NORMALISATIONS: Final = ("auto", "config", "none")
@@ -51,6 +52,7 @@ _WRAPPERS: Final = re.compile(r"^(module\.|_orig_mod\.)+")
 _ENCODERS: Final = ("encoder.", "model.encoder.", "network.encoder.")
 _TRAINING_ONLY: Final = re.compile(r".*drop.*_rate|drop_rate|pretrained.*|num_classes|in_chans|cache_dir|device|dtype")
 _ZOOBOT_NAME: Final = re.compile(r"zoobot-encoder-(?:greyscale-)?(\w+)")
+_OF_OUR_TRAINING: Final = "network.centring_mean"
 _LISTED: Final = 5
 
 
@@ -120,9 +122,10 @@ def initial_weights(
     UnreadableInput
         If a file is damaged, or a checkpoint holds more than plain data.
     ArtifactMismatch
-        If the tensors are not those of the architecture.
+        If the tensors are not those of the architecture, or a description would have timm read other files too.
     BadRequest
-        If the architecture is unknown or not said, the spec is none, or the weights cannot be had at `size`.
+        If the architecture is unknown or not said, the spec is none, the weights cannot be had at `size`, or they are
+        a checkpoint of `galembed train` and `normalisation` is not said.
     """
     if normalisation not in NORMALISATIONS:
         raise BadRequest(f"normalisation {normalisation!r} is unknown; choose one of {', '.join(NORMALISATIONS)}")
@@ -220,6 +223,11 @@ def _from_folder(folder: Path, source: str, architecture: str, size: int | None,
 
 def _from_file(path: Path, architecture: str, size: int | None, normalisation: str) -> Initial:
     tensors = _tensors(path)
+    if _OF_OUR_TRAINING in tensors and normalisation == "auto":
+        raise BadRequest(
+            f"{path} is a checkpoint of `galembed train`, which does not say how its channels were normalised; let the "
+            "run end, or interrupt it with Ctrl-C, which writes the backbone, and give that"
+        )
     hyper: Mapping[str, Any] = {}
     if path.suffix in _CHECKPOINTS:
         hyper = _mapping(_checkpoint(path).get("hyper_parameters"))
@@ -284,6 +292,7 @@ def _initial(
     config = get_pretrained_cfg(name)
     source_size = source_size or (config.input_size[-1] if config is not None else 224)
     kept = {key: value for key, value in arguments.items() if not _TRAINING_ONLY.fullmatch(key)}
+    require_own_weights(name, kept, source)
     state, left_out = _encoder_part(tensors, config.classifier if config is not None else None)
     state, greyscale = _three_channels(state, config.first_conv if config is not None else None, source)
     state, kept = _fitted(state, name, kept, source_size, size or source_size, source)
@@ -320,12 +329,23 @@ def _normalisation(
     if asked == "none" or (asked == "auto" and zoobot):
         why = "as asked" if asked == "none" else "as Zoobot trains"
         return (0.0,), (1.0,), f"channels are not normalised, {why}"
-    mean, std = (tuple(map(float, config.get(key, default))) for key, default in _IMAGENET.items())
+    mean, std = (_numbers(config.get(key, default), key, where) for key, default in _IMAGENET.items())
     return mean, std, f"channels are normalised by {where}: mean {_shown(mean)}, std {_shown(std)}"
 
 
 _IMAGENET: Final = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 """timm's default where a description leaves them out (timm/models/_pretrained.py, `PretrainedCfg`)."""
+
+
+def _numbers(values: Any, key: str, where: str) -> tuple[float, ...]:
+    try:
+        numbers = tuple(map(float, values))
+    except (TypeError, ValueError):
+        numbers = ()
+    if len(numbers) not in (1, 3) or not all(map(math.isfinite, numbers)) or (key == "std" and min(numbers) <= 0):
+        wanted = "one or three numbers" + (" above 0" if key == "std" else "")
+        raise UnreadableInput(f"{where} has {values!r} for {key}, not {wanted}; mend it, or say --normalisation none")
+    return numbers
 
 
 def _shown(values: tuple[float, ...]) -> str:

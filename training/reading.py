@@ -39,6 +39,9 @@ from galembed.sources import SourceReader
 HALF_MAX: Final = 65504.0
 """Largest float16. Fluxes are clipped to it, in nJy per (0.262 arcsec)^2: far above where any mapping is white."""
 
+FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says where a disk or a quota is full."""
+
 _FORMAT: Final = 1
 _BESIDE: Final = (".facts.npy", ".reasons.jsonl")
 _SMALL_FILES: Final = 256  # images in a chunk, where each is a file
@@ -226,10 +229,15 @@ def read_all(task: Task, rows: pa.Table, *, workers: int, progress: Callable[[in
                 if progress:
                     progress(len(chunk))
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in FULL:
             raise
         raise BadRequest(f"{task.file.parent} is full; make room and run again: what was read is kept") from error
     return Facts(np.array(facts), reasons)
+
+
+def forget_reasons(task: Task) -> None:
+    """Have `read_all` try again what could not be read: a network or a permission may be back."""
+    task.file.with_suffix(_BESIDE[1]).unlink(missing_ok=True)
 
 
 def require_room(tasks: Sequence[tuple[Task, int]]) -> None:
@@ -329,7 +337,8 @@ def _reasons(file: Path) -> dict[int, str]:
     if not file.exists():
         return {}
     lines = file.read_text(encoding="utf-8").split("\n")
-    file.write_text("".join(line + "\n" for line in lines[:-1]), encoding="utf-8")
+    if lines[-1]:
+        file.write_text("".join(line + "\n" for line in lines[:-1]), encoding="utf-8")
     return {int(row): str(reason) for row, reason in map(json.loads, lines[:-1])}
 
 

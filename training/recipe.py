@@ -17,6 +17,9 @@ from training.initial import Initial, initial_weights
 PRECISIONS: Final = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 """Names of `Recipe.precision`, and Lightning's."""
 
+ACCELERATORS: Final = ("auto", "cpu", "gpu")
+"""Where a run may be carried out, as Lightning names it."""
+
 ARCHITECTURE: Final = "convnext_atto"
 SIZE: Final = 96
 """Pixels on a side, where neither the recipe nor the initial weights say."""
@@ -187,19 +190,33 @@ class Machine:
     Attributes
     ----------
     accelerator : str
-        As Lightning names them: ``auto``, ``cpu``, ``gpu``.
+        One of `ACCELERATORS`.
     devices : int
         Processes, each with its share of every batch.
     compile : bool
         Compile the encoder (`torch.compile`): minutes at the start, faster steps.
     checkpoint_minutes : float
         A checkpoint is written this often, and at the end of each epoch.
+
+    Raises
+    ------
+    BadRequest
+        If there is no such accelerator, or a number is out of its range.
     """
 
     accelerator: str = "auto"
     devices: int = 1
     compile: bool = False
     checkpoint_minutes: float = 5.0
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        if self.accelerator not in ACCELERATORS:
+            raise BadRequest(f"accelerator {self.accelerator!r} is unknown; choose one of {', '.join(ACCELERATORS)}")
+        if self.devices < 1:
+            raise BadRequest(f"devices must be 1 or more, got {self.devices}")
+        if not self.checkpoint_minutes >= 0:
+            raise BadRequest(f"checkpoint_minutes must be 0 or more, got {self.checkpoint_minutes}")
 
 
 def sized_arguments(architecture: str, size: int) -> dict[str, Any]:

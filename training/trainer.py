@@ -6,6 +6,7 @@ import csv
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -333,10 +334,19 @@ class AtomicFiles(TorchCheckpointIO):  # type: ignore[misc]  # Lightning is read
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write; see the class."""
         partial = Path(f"{path}.partial")
-        with partial.open("wb") as stream:
-            torch.save(checkpoint, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
+        try:
+            with partial.open("wb") as stream:
+                torch.save(checkpoint, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+        except (OSError, RuntimeError) as error:
+            partial.unlink(missing_ok=True)
+            # torch's writer puts a riddle of its own before what the system said.
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            raise BadRequest(
+                f"the checkpoint {path} cannot be written ({cause}); make room and run the same command again, which "
+                "goes on from the checkpoint before it, if there is one"
+            ) from error
         partial.replace(path)
 
 
@@ -461,3 +471,9 @@ class ProgressBar(RichProgressBar):  # type: ignore[misc]  # Lightning is read u
     def get_metrics(self, trainer: Any, module: Any) -> dict[str, str]:
         """Return what is shown beside the bar."""
         return dict(module.shown)
+
+
+def progress_bar() -> ProgressBar:
+    """Return a bar for standard error; where that is a file, a line for each epoch that is wide enough not to wrap."""
+    wide = {} if sys.stderr.isatty() else {"width": 160}
+    return ProgressBar(leave=True, console_kwargs={"stderr": True, **wide})

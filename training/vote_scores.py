@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -12,8 +13,10 @@ from numpy.typing import NDArray
 
 from galembed.questions import QuestionTree, packaged_trees, question_tree
 from training.metrics import (
-    BINS,
     LEAST_VOTES,
+    Agreement,
+    Reliability,
+    Volunteers,
     agreement,
     constant_concentrations,
     count_cdf,
@@ -66,6 +69,7 @@ QUESTIONS: Final = pa.schema(
         _float("rmse_noise", "the same of the counted fractions themselves, from the number of votes they rest on"),
         _float("mae", "mean absolute error of vote fractions"),
         _float("error", "rmse without that noise: from what all volunteers there are would answer; 0 if below"),
+        _float("squared_error", "its square, which as an estimate without bias may be below 0"),
         _float("error_low", "lower end of its 95% interval, over 10 galaxies or more"),
         _float("error_high", "upper end"),
         _float("error_constant", "the same error of the mean fractions"),
@@ -233,15 +237,11 @@ def _question_rows(
     names: Sequence[str], votes: NDArray[np.float64], concentrations: NDArray[np.float64], least: int
 ) -> dict[str, list[dict[str, Any]]]:
     """Return the rows of one question, of galaxies that were asked it, for each table."""
-    fractions = predicted_fractions(concentrations)
-    constant = mean_fractions(votes, least)
+    fractions, constant = predicted_fractions(concentrations), mean_fractions(votes, least)
     errors, flat = fraction_errors(fractions, votes, least), fraction_errors(constant, votes, least)
-    worth, agreed = volunteers(fractions, votes, least), agreement(fractions, votes, least)
-    worth_constant = volunteers(constant, votes, least)
     enough = enough_votes(votes, least)
     below, upto = count_cdf(votes[enough], concentrations[enough])
-    covered = {level: coverage(below, upto, level / 100) for level in (50, 90)}
-    number, low, high = worth.as_good_as
+    covered = {f"coverage_{level}": coverage(below, upto, level / 100) for level in (50, 90)}
     question = {
         "galaxies": len(votes),
         "nll": vote_nll(votes, concentrations).mean(),
@@ -249,29 +249,12 @@ def _question_rows(
         "compared": errors.galaxies,
         "rmse": np.sqrt(errors.mse.mean()),
         "rmse_constant": np.sqrt(flat.mse.mean()),
-        "rmse_noise": np.sqrt(worth.noise),
         "mae": errors.mae.mean(),
-        "error": np.sqrt(np.maximum(worth.mse, 0)),
-        "error_low": np.sqrt(np.maximum(worth.low, 0)),
-        "error_high": np.sqrt(np.maximum(worth.high, 0)),
-        "error_constant": np.sqrt(np.maximum(worth_constant.mse, 0)),
-        "error_one": worth.error_of(1),
-        "volunteers": number,
-        "volunteers_low": low,
-        "volunteers_high": high,
-        "volunteers_constant": worth_constant.as_good_as[0],
-        **{
-            f"coverage_{level}{end}": value
-            for level, shares in covered.items()
-            for end, value in zip(("", "_error"), _mean_and_error(shares), strict=True)
-        },
-        "agreed": agreed.galaxies,
-        "accuracy": agreed.accuracy,
-        "accuracy_low": agreed.low,
-        "accuracy_high": agreed.high,
-        "balanced_accuracy": agreed.balanced,
-        "accuracy_constant": agreed.commonest,
+        **_worth(volunteers(fractions, votes, least), volunteers(constant, votes, least)),
+        **_agreed(agreement(fractions, votes, least)),
     }
+    for name, shares in covered.items():
+        question[name], question[f"{name}_error"] = _mean_and_error(shares)
     answers = [
         {
             "answer": name,
@@ -282,34 +265,72 @@ def _question_rows(
             "rmse": np.sqrt(errors.mse[i]),
             "mae": errors.mae[i],
             "rmse_constant": np.sqrt(flat.mse[i]),
-            **{f"coverage_{level}": _mean_and_error(shares[:, [i]])[0] for level, shares in covered.items()},
+            **{key: _mean_and_error(shares[:, [i]])[0] for key, shares in covered.items()},
         }
         for i, name in enumerate(names)
     ]
+    found = {"questions": [question], "answers": answers}
     if not errors.galaxies:
-        return {"questions": [question], "answers": answers}
+        return found
     reliable = reliability(fractions, votes, least)
-    edges = reliable.edges
-    places = [_mean_and_error(pit_mass(below, upto, *edges[i : i + 2])) for i in range(BINS)]
+    return found | {"reliability": _reliability_rows(reliable), "pit": _pit_rows(below, upto, reliable.edges)}
+
+
+def _worth(own: Volunteers, constant: Volunteers) -> dict[str, float]:
+    number, low, high = own.as_good_as
     return {
-        "questions": [question],
-        "answers": answers,
-        "reliability": [
-            {
-                "low": edges[i],
-                "high": edges[i + 1],
-                "count": int(reliable.count[i]),
-                "predicted": reliable.predicted[i],
-                "counted": reliable.observed[i],
-                "error": reliable.error[i],
-            }
-            for i in range(BINS)
-        ],
-        "pit": [
-            {"low": edges[i], "high": edges[i + 1], "compared": errors.galaxies, "share": share, "error": error}
-            for i, (share, error) in enumerate(places)
-        ],
+        "rmse_noise": math.sqrt(own.noise),
+        "error": _root(own.mse),
+        "squared_error": own.mse,
+        "error_low": _root(own.low),
+        "error_high": _root(own.high),
+        "error_constant": _root(constant.mse),
+        "error_one": own.error_of(1),
+        "volunteers": number,
+        "volunteers_low": low,
+        "volunteers_high": high,
+        "volunteers_constant": constant.as_good_as[0],
     }
+
+
+def _root(value: float) -> float:
+    """Return the square root, 0 of what is below 0; NaN stays."""
+    return math.nan if math.isnan(value) else math.sqrt(max(value, 0.0))
+
+
+def _agreed(found: Agreement) -> dict[str, float]:
+    return {
+        "agreed": found.galaxies,
+        "accuracy": found.accuracy,
+        "accuracy_low": found.low,
+        "accuracy_high": found.high,
+        "balanced_accuracy": found.balanced,
+        "accuracy_constant": found.commonest,
+    }
+
+
+def _reliability_rows(found: Reliability) -> list[dict[str, Any]]:
+    return [
+        {
+            "low": found.edges[i],
+            "high": found.edges[i + 1],
+            "count": int(found.count[i]),
+            "predicted": found.predicted[i],
+            "counted": found.observed[i],
+            "error": found.error[i],
+        }
+        for i in range(len(found.count))
+    ]
+
+
+def _pit_rows(
+    below: NDArray[np.float64], upto: NDArray[np.float64], edges: NDArray[np.float64]
+) -> list[dict[str, Any]]:
+    rows = []
+    for low, high in pairwise(edges.tolist()):
+        share, error = _mean_and_error(pit_mass(below, upto, low, high))
+        rows.append({"low": low, "high": high, "compared": len(below), "share": share, "error": error})
+    return rows
 
 
 def _mean_and_error(values: NDArray[np.float64]) -> tuple[float, float]:
@@ -339,7 +360,7 @@ def _campaign_rows(
         asked = [row for row in rows["questions"] if row["question"] in members and row["galaxies"]]
         compared = [row for row in asked if row["compared"]]
         answers = [row for row in rows["answers"] if row["question"] in members and row["compared"]]
-        missed = _mean(row["error"] ** 2 for row in compared)
+        missed = _mean(row["squared_error"] for row in compared)  # not cut off at 0, which would be biased
         summary.append(
             {
                 "campaign": name,
@@ -349,7 +370,9 @@ def _campaign_rows(
                 "nll": sum(row["nll"] * row["galaxies"] for row in asked) / galaxies,
                 "nll_constant": sum(row["nll_constant"] * row["galaxies"] for row in asked) / galaxies,
                 **{key: _mean(row[key] for row in answers) for key in ("mse", "rmse", "mae", "rmse_constant")},
-                "volunteers": _mean(row["error_one"] ** 2 for row in compared) / missed if missed else math.inf,
+                "volunteers": _mean(row["error_one"] ** 2 for row in compared) / missed
+                if missed > 0 or math.isnan(missed)
+                else math.inf,
                 **{
                     key: _mean(row[key] for row in compared)
                     for key in ("coverage_50", "coverage_90", "accuracy", "balanced_accuracy")

@@ -155,7 +155,7 @@ def read_vote_table(path: str | Path, tree: QuestionTree, *, split_column: str |
     Columns of fractions and totals: the cards of Galaxy Zoo's data sets on the Hugging Face hub (mwalmsley), and
     Willett et al. 2013, MNRAS 435, 2835, table 5.
     """
-    there, read = _open(path)
+    there, read, _ = _open(path)
     names = _ids(there, read)
     if names is None:
         raise SchemaMismatch(f"{path} lacks an id column ({', '.join(GUESSES['id'])}); it has {', '.join(there[:12])}")
@@ -186,8 +186,8 @@ def read_image_votes(files: Sequence[str], tree: QuestionTree, *, split_column: 
     tables = []
     seen: dict[str, tuple[int, int]] = {}
     for number, file in enumerate(files):
-        there, read = _open(file)
-        uris = [f"{file}#{row}" for row in range(len(read([there[0]])))]
+        there, read, count = _open(file)
+        uris = [f"{file}#{row}" for row in range(count)]
         ids = _ids(there, read) or [""] * len(uris)
         votes = _votes(there, read, tree, file, ids)
         tables.append(VoteTable(uris, votes, _splits(there, read, split_column, file, ids)))
@@ -396,17 +396,17 @@ def _lacking(path: str | Path, tree: QuestionTree, form: _Form, there: Sequence[
     )
 
 
-def _open(place: str | Path) -> tuple[list[str], Callable[[Sequence[str]], Table]]:
-    """Return the names of all columns, and what reads some of them: of Parquet, no others are read."""
+def _open(place: str | Path) -> tuple[list[str], Callable[[Sequence[str]], Table], int]:
+    """Return the names of all columns, what reads some of them (of Parquet no others) and the number of rows."""
     path = str(place)
     parquet = path.lower().endswith((".parquet", ".pq"))
     if not is_url(path) and (not parquet or not Path(path).is_file()):
         table = read_table(path)
-        return list(table.colnames), lambda names: table[list(names)]
+        return list(table.colnames), lambda names: table[list(names)], len(table)
     with _reading(path):
         system, file = fsspec.core.url_to_fs(path) if is_url(path) else (None, path)
         dataset = ds.dataset(file, format="parquet", filesystem=system)
-        there = list(dataset.schema.names)
+        there, count = list(dataset.schema.names), dataset.count_rows()
 
     def read(names: Sequence[str]) -> Table:
         masks = [f"{name}{_MASK}" for name in names if f"{name}{_MASK}" in there]
@@ -417,7 +417,7 @@ def _open(place: str | Path) -> tuple[list[str], Callable[[Sequence[str]], Table
             columns[name.removesuffix(_MASK)].mask |= _column(arrow[name]).data
         return Table(columns, copy=False)
 
-    return there, read
+    return there, read, count
 
 
 @contextmanager

@@ -114,8 +114,8 @@ def open_source(
     Parameters
     ----------
     source : str or Path
-        A folder or fsspec URL of FITS cutouts, of JPEG or PNG, or a tree of survey tiles; a local folder of Parquet
-        files with an image column.
+        A folder or fsspec URL of FITS cutouts, of JPEG or PNG, or of Parquet files with a column of pictures; a tree
+        of survey tiles; one such Parquet file.
     catalogue : str or Path, optional
         A table (`galembed.catalogues.read_catalogue`): needed for tiles; for a folder it adds columns, matched by id.
     survey : str, optional

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,12 @@ def test_what_is_absent_is_said(tiny_backbone: Backbone, tmp_path: Path) -> None
     assert "licence not on record" in " ".join(backbone_text(tiny_backbone).split())
 
 
+def test_the_licence_of_the_first_weights_is_not_the_backbones(tiny_backbone: Backbone) -> None:
+    begun = {"initial": {"source": "timm:x", "licence": "cc-by-nc-4.0", "files": {}}}
+    assert licence(replace(tiny_backbone, provenance=begun)) == ""
+    assert licence(replace(tiny_backbone, provenance=begun | {"licence": "mit"})) == "mit"
+
+
 def test_an_engine_of_another_state_is_told(tiny_backbone: Backbone, tmp_path: Path) -> None:
     backbone = load_backbone(shutil.copytree(tiny_backbone.path, tmp_path / "copy"))
     backbone.engines.mkdir(exist_ok=True)
@@ -125,3 +132,11 @@ def test_the_command_prints_either_form(tiny_backbone: Backbone) -> None:
     assert text.output.startswith("tiny ")
     data = CliRunner().invoke(main, ["backbone", "info", str(tiny_backbone.path), "--json"])
     assert json.loads(data.output) == json.loads(json.dumps(backbone_facts(tiny_backbone)))
+
+
+@pytest.mark.parametrize("report", ["{", "[1]"])
+def test_a_damaged_report_of_an_engine_is_told(tiny_backbone: Backbone, tmp_path: Path, report: str) -> None:
+    backbone = save_with(tiny_backbone, tmp_path / "b", {})
+    backbone.engines.mkdir()
+    (backbone.engines / "cpu.json").write_text(report)
+    assert "cpu.json, damaged, beside torch: of another state; export again" in backbone_text(backbone)

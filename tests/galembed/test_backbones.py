@@ -20,6 +20,11 @@ def test_a_backbone_reads_back(tiny_backbone: Backbone) -> None:
     assert len(tiny_backbone.answers) == 34
 
 
+def test_colleagues_may_read_what_the_umask_lets_them(tiny_backbone: Backbone) -> None:
+    modes = {file.name: file.stat().st_mode for file in tiny_backbone.path.iterdir() if file.is_file()}
+    assert modes["weights.safetensors"] == modes["samples.safetensors"] == modes["backbone.json"]
+
+
 def test_a_new_head_keeps_the_embedding_identity(tiny_backbone: Backbone, tmp_path: Path) -> None:
     weights = tiny_backbone.weights()
     weights["head.bias"] = weights["head.bias"] + 1
@@ -128,3 +133,80 @@ def test_a_folder_called_builtin_is_a_folder_when_saved_to(
     )
     assert saved.path == tmp_path / "builtin"
     assert saved.name == "mine"
+
+
+def edited(copy: Path, **changes: object) -> Path:
+    """Change entries of backbone.json."""
+    description = json.loads((copy / "backbone.json").read_text())
+    (copy / "backbone.json").write_text(json.dumps(description | changes))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dim": "many"}, "not a backbone description: ValueError"),
+        ({"provenance": None}, "not a backbone description: TypeError"),
+        ({"architecture_args": [1]}, "not a backbone description: TypeError"),
+        ({"questions": {"name": "x"}}, "not a backbone description: SchemaMismatch"),
+        ({"format": 2}, "is of format 2, and this galembed reads 1"),
+    ],
+)
+def test_a_damaged_description_is_named(copy: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ArtifactMismatch, match=f"backbone.json {message}|backbone.json is {message}"):
+        load_backbone(edited(copy, **changes))
+
+
+def test_a_description_that_is_no_text_is_named(copy: Path) -> None:
+    (copy / "backbone.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ArtifactMismatch, match="not a backbone description: UnicodeDecodeError"):
+        load_backbone(copy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"architecture": "hf-hub:someone/else"}, "the architecture 'hf-hub:someone/else'"),
+        ({"architecture": "local-dir:/tmp"}, "the architecture 'local-dir:/tmp'"),
+        ({"architecture_args": {"checkpoint_path": "x.pth"}}, "the argument checkpoint_path"),
+        ({"architecture_args": {"pretrained_cfg_overlay": {}}}, "the argument pretrained_cfg_overlay"),
+    ],
+)
+def test_a_description_cannot_have_other_weights_read(copy: Path, changes: dict[str, object], what: str) -> None:
+    with pytest.raises(ArtifactMismatch, match=f"{what} would have timm read other files"):
+        load_backbone(edited(copy, **changes))
+
+
+def test_a_wrong_length_of_the_vector_is_noticed(copy: Path) -> None:
+    with pytest.raises(ArtifactMismatch, match="vectors have 7 numbers, and the weights are for"):
+        load_backbone(edited(copy, dim=7)).weights()
+
+
+def test_damaged_samples_are_named(copy: Path) -> None:
+    (copy / "samples.safetensors").write_text("no arrays")
+    with pytest.raises(ArtifactMismatch, match=r"samples.safetensors is damaged.*restore it"):
+        load_backbone(copy).samples()
+
+
+@pytest.mark.parametrize(
+    ("number", "half", "said"), [(np.nan, False, "NaN or infinite"), (1e6, True, "without --half")]
+)
+def test_weights_that_are_not_finite_are_not_saved(
+    tiny_backbone: Backbone, tmp_path: Path, number: float, half: bool, said: str
+) -> None:
+    weights = tiny_backbone.weights()
+    weights["centring_mean"] = np.full_like(weights["centring_mean"], number)
+    with pytest.raises(BadRequest, match=f"centring_mean .*{said}"):
+        save_backbone(
+            tmp_path / "b",
+            name="b",
+            architecture=tiny_backbone.architecture,
+            architecture_args={},
+            contract=tiny_backbone.contract,
+            questions=tiny_backbone.questions,
+            weights=weights,
+            samples={},
+            provenance={},
+            half=half,
+        )
+    assert not (tmp_path / "b").exists()

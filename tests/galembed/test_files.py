@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import numpy as np
@@ -234,6 +235,13 @@ def test_a_root_that_is_a_file_or_absent_is_said(tmp_path: Path, far: bool) -> N
         find_files(f"{root}/a.fits")
     with pytest.raises(UnreadableInput, match=r"cannot be listed|holds no file|does not exist"):
         find_files(f"{root}/nowhere")
+
+
+@pytest.mark.parametrize("mark", ["ETag", "blob_id", "xet_hash", "LastModified"])
+def test_the_version_far_away_is_size_and_the_mark_of_the_contents(mark: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    system = SimpleNamespace(info=lambda _: {"name": "a", "size": 12, mark: "0a1b"})
+    monkeypatch.setattr("galembed.files._file_system", lambda uri: (system, uri))
+    assert file_version("hf://datasets/OWNER/NAME/a.parquet") == "12-0a1b"
 
 
 def test_the_version_follows_size_and_time_of_every_file(tmp_path: Path) -> None:

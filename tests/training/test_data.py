@@ -25,6 +25,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import _registry
 from PIL import Image
 
+import training.data
 import training.reading
 from galembed.backbones import FieldOfView, InputContract
 from galembed.cutouts import Cutout
@@ -467,6 +468,36 @@ def test_too_many_unreadable_images_are_an_error_unless_allowed(tmp_path: Path) 
         (folder / f"J{number}.png").write_bytes(b"nor this")
     with pytest.raises(UnreadableInput, match="none of 10 images can be read; the first: "):
         open_prepared(folder, CONTRACT, TREE, tmp_path / "p", votes=votes, max_unreadable=1.0)
+
+
+def test_what_too_many_failures_left_out_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, votes = folder_of_pictures(tmp_path, count=10)
+
+    def refused(*_: Any, name: str, **__: Any) -> Any:
+        raise UnreadableInput(f"{name} cannot be read (PermissionError); check its permissions, then try again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("galembed.sources.images.read_picture", refused)
+        with pytest.raises(UnreadableInput, match=r"none of 10 images can be read; .* try again"):
+            open_prepared(folder, CONTRACT, TREE, tmp_path / "p", votes=votes)
+    assert len(open_prepared(folder, CONTRACT, TREE, tmp_path / "p", votes=votes)) == 10
+
+
+def test_held_out_images_that_fail_count_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, votes = folder_of_pictures(tmp_path, count=10)
+    read = training.data.read_all
+
+    def gone(task: Any, rows: pa.Table, **options: Any) -> Any:
+        if "exact" in task.file.name:
+            monkeypatch.setattr("galembed.sources.images.read_picture", lost)
+        return read(task, rows, **options)
+
+    def lost(*_: Any, name: str, **__: Any) -> Any:
+        raise UnreadableInput(f"{name} is missing")
+
+    monkeypatch.setattr(training.data, "read_all", gone)
+    with pytest.raises(UnreadableInput, match=r"6 of 10 images cannot be read, .*J0.png is missing"):
+        open_prepared(folder, CONTRACT, TREE, tmp_path / "p", votes=votes, shares=Shares(validation=0.5))
 
 
 def test_a_disk_without_room_is_an_error_before_anything_is_read(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,11 @@ from galembed.questions import Question, QuestionTree, combined, question_tree
 from galembed.runtimes import open_runtime
 from galembed.sources import open_source
 from training.data import open_voted_images
-from training.evaluation import evaluate
+from training.evaluation import Evaluation, evaluate
 from training.metrics import vote_nll
-from training.plots import pit_figure, reliability_figure, volunteers_figure
+from training.plots import pit_figure, reliability_figure, save_png, volunteers_figure
 from training.simulation import simulate_survey
+from training.splits import Shares
 from training.vote_scores import ANSWERS, CAMPAIGNS, PIT, QUESTIONS, RELIABILITY, VALUES, campaigns_of, score
 
 TREE = QuestionTree(
@@ -103,6 +105,52 @@ def test_a_campaign_is_the_mean_over_its_answers_and_the_sum_of_its_nll(drawn: t
     nll = vote_nll(votes[:, :2], concentrations[:, :2]) + vote_nll(votes[:, 2:5], concentrations[:, 2:5])
     assert row["galaxies"] == asked.sum()
     assert row["nll"] == pytest.approx(nll[asked].mean())
+
+
+def test_a_campaigns_volunteers_are_not_biased_by_questions_without_an_error() -> None:
+    """Perfect predictions have estimated squared errors on both sides of 0; their mean must not be cut off."""
+    rng = np.random.default_rng(5)
+    names = [f"q{i}" for i in range(30)]
+    tree = QuestionTree("many", "", tuple(Question(name, ("yes", "no")) for name in names))
+    chance = rng.uniform(0.2, 0.8, (40, 30, 1))
+    concentrations = 1e4 * np.concatenate([chance, 1 - chance], axis=2)
+    votes = np.stack([np.stack([rng.multinomial(30, p / p.sum()) for p in row]) for row in concentrations])
+    tables = score(tree, votes.reshape(40, 60), concentrations.reshape(40, 60))
+    squared = np.array(tables["questions"]["squared_error"])
+    assert (squared < 0).any()
+    assert (squared > 0).any()
+    (row,) = tables["campaigns"].to_pylist()
+    one = np.mean(np.array(tables["questions"]["error_one"]) ** 2)
+    assert row["volunteers"] == (pytest.approx(one / squared.mean()) if squared.mean() > 0 else np.inf)
+    # Were the negative ones 0, it would be this few:
+    assert row["volunteers"] > 2 * one / np.maximum(squared, 0).mean()
+
+
+def test_votes_that_nobody_gave_beside_numbers_leave_no_empty_table(tiny_backbone: Backbone) -> None:
+    tree = QuestionTree("mixed", "", (TREE.questions[0], Question("size", ("value",), kind="value")))
+    targets = np.array([[0, 0, 1.0], [0, 0, 2.0]])
+    tables = score(tree, targets, np.array([[1, 1, 1.5], [1, 1, 1.5]]))
+    text = Evaluation(tiny_backbone, "here", "all", 2, (), 20, (), **tables).to_markdown()
+    assert len(re.findall(r"^\| -", text, flags=re.MULTILINE)) == 1
+    assert "Not scored, for want of galaxies with enough votes: disk." in text
+    assert "campaign" not in text
+
+
+def test_one_galaxy_has_numbers_without_intervals(drawn: tuple[np.ndarray, np.ndarray], tmp_path: Path) -> None:
+    votes, concentrations = drawn
+    one = np.flatnonzero(votes[:, :2].sum(axis=1) >= 20)[:1]
+    tables = score(TREE, votes[one], concentrations[one])
+    disk = rows_by(tables["questions"], "question")["disk"]
+    assert disk["compared"] == 1
+    assert np.isfinite([disk["nll"], disk["rmse"], disk["coverage_50"]]).all()
+    assert np.isnan([disk["volunteers_low"], disk["coverage_50_error"]]).all()
+    for figure in (
+        volunteers_figure(tables["questions"]),
+        reliability_figure(tables["reliability"]),
+        pit_figure(tables["pit"]),
+    ):
+        if figure is not None:
+            save_png(figure, tmp_path / "one.png")
 
 
 def test_campaigns_are_scored_apart_and_together() -> None:
@@ -216,9 +264,103 @@ def test_everything_is_written_and_read_back(survey: Path, tiny_backbone: Backbo
 def test_the_markdown_names_questions_without_enough_votes(survey: Path, tiny_backbone: Backbone) -> None:
     text = evaluate(tiny_backbone, survey, split="all", workers=0).to_markdown()
     assert "30 galaxies of" in text
-    assert "| smooth-or-featured | 30 |" in text
+    assert re.search(r"^\| smooth-or-featured +\| +30 \|", text, flags=re.MULTILINE)
+    assert max(map(len, text.replace(str(survey), "S").splitlines())) <= 100
     none = evaluate(tiny_backbone, survey, split="all", workers=0, least=500).to_markdown()
-    assert "Not scored, for want of galaxies with enough votes: smooth-or-featured, how-rounded" in none
+    assert "Not scored, for want of galaxies with enough votes: smooth-or-featured, how-rounded" in " ".join(
+        none.split()
+    )
+
+
+TENTH = {"column": "", "validation": 0.1, "test": 0.0}
+
+
+def as_trained(backbone: Backbone, folder: Path, **provenance: object) -> Backbone:
+    """Return the backbone with another record of how it was made."""
+    return save_backbone(
+        folder,
+        name="trained",
+        architecture=backbone.architecture,
+        architecture_args={},
+        contract=backbone.contract,
+        questions=backbone.questions,
+        weights=backbone.weights(),
+        samples=backbone.samples(),
+        provenance=provenance,
+    )
+
+
+def test_the_share_held_out_is_that_of_the_training_run(survey: Path, tiny_backbone: Backbone, tmp_path: Path) -> None:
+    kept = open_voted_images(survey, question_tree(), shares=Shares(0.4)).split
+    assert kept is not None
+    count = int((kept.names == "validation").sum())
+    split = {"column": "", "validation": 0.4, "test": 0.0}
+    trained = as_trained(tiny_backbone, tmp_path / "b", split=split, images=30 - count)
+    result = evaluate(trained, survey, workers=0)
+    assert (result.galaxies, result.doubts) == (count, ())
+    assert evaluate(tiny_backbone, survey, validation=0.4, workers=0).galaxies == count
+    assert evaluate(tiny_backbone, survey, workers=0).galaxies < count
+
+
+def test_the_split_column_is_that_of_the_training_run(survey: Path, tiny_backbone: Backbone, tmp_path: Path) -> None:
+    sides = ["test"] * 4 + ["validation"] * 3 + ["train"] * 23
+    table = pq.read_table(survey / "votes.parquet").append_column("fold", pa.array(sides))
+    pq.write_table(table, tmp_path / "votes.parquet")
+    record = {"column": "fold", "validation": 0.1, "test": 0.0}
+    trained = as_trained(tiny_backbone, tmp_path / "b", split=record, images=23)
+    votes, catalogue = tmp_path / "votes.parquet", survey / "cutouts.fits"
+    for split, count in (("test", 4), ("validation", 3), ("all", 30)):
+        result = evaluate(trained, survey / "cutouts", votes=votes, catalogue=catalogue, split=split, workers=0)
+        assert (result.galaxies, result.doubts) == (count, ())
+    with pytest.raises(SchemaMismatch, match=r"no column 'fold' for the split.*was trained with --split-column fold"):
+        evaluate(trained, survey, workers=0)
+    assert evaluate(trained, survey, split="all", workers=0).galaxies == 30
+
+
+def test_a_split_that_may_not_be_the_trainings_is_told(survey: Path, tiny_backbone: Backbone, tmp_path: Path) -> None:
+    (unknown,) = evaluate(tiny_backbone, survey, workers=0).doubts
+    assert "tiny does not say how its training held galaxies out" in unknown
+    trained = as_trained(tiny_backbone, tmp_path / "b", split=TENTH, images=500)
+    result = evaluate(trained, survey, workers=0)
+    assert "trained was trained on 500 images" in result.doubts[0]
+    assert "score --split all" in " ".join(result.to_markdown().split())
+    assert evaluate(trained, survey, split="all", workers=0).doubts == ()
+
+
+def test_numbers_on_all_that_was_trained_on_are_told(survey: Path, tiny_backbone: Backbone, tmp_path: Path) -> None:
+    kept = open_voted_images(survey, question_tree()).split
+    assert kept is not None
+    count = int((kept.names == "train").sum())
+    trained = as_trained(tiny_backbone, tmp_path / "b", split=TENTH, images=count)
+    assert evaluate(trained, survey, workers=0).doubts == ()
+    assert (
+        "if they are the same, these numbers flatter it" in evaluate(trained, survey, split="all", workers=0).doubts[0]
+    )
+
+
+def test_labels_that_a_head_was_fitted_to_are_told(tiny_backbone: Backbone, tmp_path: Path) -> None:
+    mine = finetuned(tiny_backbone, Question("z", ("value",), kind="value"), tmp_path / "mine", images=6)
+    folder, _ = write_pictures(tmp_path / "pictures", question_tree())
+    pq.write_table(pa.table({"id": [f"J{i}" for i in range(6)], "z": np.arange(6.0)}), tmp_path / "labels.parquet")
+    result = evaluate(mine, folder, votes=tmp_path / "labels.parquet", column="z", workers=0)
+    assert "mine was trained on 6 images" in result.doubts[0]
+    assert "Vote fractions" not in result.to_markdown()
+
+
+def test_what_a_backbone_was_fine_tuned_on_is_not_taken_for_held_out(
+    survey: Path, tiny_backbone: Backbone, tmp_path: Path
+) -> None:
+    tuned = as_trained(tiny_backbone, tmp_path / "b", command="galembed finetune x", parent={"name": "tiny"})
+    for split in (None, "validation", "test"):
+        with pytest.raises(BadRequest, match=r"was made by `galembed finetune`, perhaps from all.*--split all"):
+            evaluate(tuned, survey, split=split, workers=0)
+    assert evaluate(tuned, survey, split="all", workers=0).galaxies == 30
+
+
+def test_a_head_of_labels_asks_for_their_column(survey: Path, tiny_backbone: Backbone, tmp_path: Path) -> None:
+    tuned = as_trained(tiny_backbone, tmp_path / "b", parent={"name": "tiny"}, task="classification", column="type")
+    with pytest.raises(BadRequest, match="in column type: name the column of labels that it has not seen"):
+        evaluate(tuned, survey, split="all", workers=0)
 
 
 def write_pictures(folder: Path, tree: QuestionTree, *, broken: bool = False) -> tuple[Path, Path]:
@@ -275,7 +417,7 @@ def test_a_backbone_without_questions_cannot_be_evaluated(
         evaluate(bare, survey, split="all", workers=0)
 
 
-def finetuned(backbone: Backbone, question: Question, folder: Path) -> Backbone:
+def finetuned(backbone: Backbone, question: Question, folder: Path, **provenance: object) -> Backbone:
     """Return the tiny backbone with a head of one question, as fine-tuning makes them."""
     rng = np.random.default_rng(3)
     weights = {key: w for key, w in backbone.weights().items() if not key.startswith(("head.", "precision."))}
@@ -292,7 +434,7 @@ def finetuned(backbone: Backbone, question: Question, folder: Path) -> Backbone:
         questions=QuestionTree(question.name, "", (question,)),
         weights=weights,
         samples=backbone.samples(),
-        provenance={},
+        provenance=provenance,
     )
 
 
@@ -336,7 +478,7 @@ def test_a_head_of_numbers_is_scored_in_their_unit(tiny_backbone: Backbone, tmp_
     known = np.isfinite(given)
     assert row["galaxies"] == 5
     assert row["rmse"] == pytest.approx(root_mean_squared_error(given[known], guess[known]), rel=1e-5)
-    assert "| z [Gyr] | 5 |" in str(result)
+    assert re.search(r"^\| z \[Gyr\] +\| +5 \|", str(result), flags=re.MULTILINE)
     (tmp_path / "e").mkdir()
     (tmp_path / "e" / "pit.png").write_text("of an earlier evaluation")
     result.save(tmp_path / "e")

@@ -14,12 +14,12 @@ from PIL import Image
 
 from galembed.backbones import load_backbone
 from galembed.cli import main
-from galembed.errors import BadRequest, SchemaMismatch, UnreadableInput
+from galembed.errors import ArtifactNotFound, BadRequest, SchemaMismatch, UnreadableInput
 from galembed.questions import Question, QuestionTree, question_tree
 from galembed.runtimes import open_runtime
 from training.commands.train import train as command
 from training.data import open_voted_images
-from training.fit import train
+from training.fit import alone_in, train
 from training.recipe import Machine, Recipe
 from training.report import question_scores
 from training.simulation import simulate_survey
@@ -126,6 +126,83 @@ def test_an_interrupted_backbone_without_its_checkpoint_is_kept(tmp_path: Path) 
     (tmp_path / "b" / "backbone.json").write_text('{"provenance": {"interrupted": 3}}')
     with pytest.raises(BadRequest, match="whose checkpoint is gone"):
         train(tmp_path, tmp_path / "b", RECIPE)
+
+
+def test_a_run_does_not_go_on_with_other_pixels(survey: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("training.fit.mean_features", _stopped)
+        with pytest.raises(MemoryError, match="killed"):
+            train(survey, tmp_path / "b", RECIPE, workers=0, catalogue=survey / "cutouts.fits")
+    sizes = Table.read(survey / "cutouts.fits")
+    sizes["SHAPE_R"] *= 2
+    sizes.write(tmp_path / "larger.fits")
+    with pytest.raises(BadRequest, match=r"other settings: pixels was .*, is .*--restart"):
+        train(survey, tmp_path / "b", RECIPE, workers=0, catalogue=tmp_path / "larger.fits")
+
+
+def _stopped(*_: object) -> None:
+    raise MemoryError("killed")
+
+
+def test_a_new_run_takes_no_weights_of_one_that_was_killed_before_its_first_checkpoint(
+    survey: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logs = tmp_path / "b.training"
+    logs.mkdir()
+    (logs / "best.safetensors").write_bytes(b"another run's weights")
+    monkeypatch.setattr(VoteTrainer, "training_step", _stopped)
+    with pytest.raises(MemoryError, match="killed"):
+        train(survey, tmp_path / "b", replace(RECIPE, patience=1), workers=0)
+    assert not (logs / "best.safetensors").exists()
+
+
+def test_two_runs_do_not_work_in_one_folder(survey: Path, tmp_path: Path) -> None:
+    with (
+        alone_in(tmp_path / "b.training"),
+        pytest.raises(BadRequest, match=r"another run is at work in .*b\.training; let it end"),
+    ):
+        train(survey, tmp_path / "b", RECIPE, workers=0)
+    with alone_in(tmp_path / "b.training"):
+        pass
+
+
+def test_what_a_restart_discards_is_there_until_the_new_run_begins(survey: Path, tmp_path: Path) -> None:
+    logs = tmp_path / "b.training"
+    logs.mkdir()
+    (logs / "last.ckpt").touch()
+    with pytest.raises(BadRequest, match="give one of them"):
+        train(survey, tmp_path / "b", RECIPE, resume=True, restart=True)
+    with pytest.raises(ArtifactNotFound, match="nowhere"):
+        train(survey, tmp_path / "b", RECIPE, votes=tmp_path / "nowhere.csv", restart=True)
+    assert (logs / "last.ckpt").exists()
+
+
+def test_what_cannot_be_done_is_refused_before_images_are_read(survey: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for out, recipe, machine, message in (
+        ("file", RECIPE, Machine(), "file is a file; choose another --out"),
+        ("b", replace(RECIPE, architecture="test_vit", size=33), Machine(), "test_vit does not take images of 33 px"),
+        ("b", replace(RECIPE, precision="fp16"), Machine("cpu"), "fp16 needs a GPU"),
+        ("file/b", RECIPE, Machine(), r"b\.training cannot be written to .*; choose another --out"),
+    ):
+        with pytest.raises(BadRequest, match=message):
+            train(survey, tmp_path / out, recipe, machine=machine, workers=0)
+    assert not list(tmp_path.rglob("images*"))
+
+
+def test_the_split_is_on_record(survey: Path, tmp_path: Path) -> None:
+    report = train(survey, tmp_path / "b", replace(RECIPE, epochs=1), workers=0, shares=Shares(validation=0.3))
+    assert report.backbone.provenance["split"] == {"column": "", "validation": 0.3, "test": 0.0}
+
+
+def test_images_of_which_none_has_a_vote_are_an_error(survey: Path, tmp_path: Path) -> None:
+    ids, votes = read_votes(survey / "votes.parquet", question_tree())
+    columns = dict(zip(question_tree().columns, 0 * votes.T, strict=True))
+    pq.write_table(pa.table({"id": ids} | columns), tmp_path / "votes.parquet")
+    with pytest.raises(
+        BadRequest, match=r"votes\.parquet: none of its 40 images has a vote on a question of decals_dr5"
+    ):
+        open_voted_images(survey / "cutouts", question_tree(), votes=tmp_path / "votes.parquet")
 
 
 def test_there_must_be_images_to_validate_with(survey: Path, tmp_path: Path) -> None:

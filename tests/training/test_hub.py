@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -201,3 +202,20 @@ def test_the_command_pushes_the_built_in_backbone(tmp_path: Path) -> None:
         "weights.safetensors",
     ]
     assert front_matter((tmp_path / "hub" / "README.md").read_text())["license"] == "bsd-3-clause"
+
+
+@pytest.mark.parametrize("samples", [None, "no arrays"])
+def test_samples_are_looked_at_before_anything_is_written(
+    tiny_backbone: Backbone, tmp_path: Path, samples: str | None
+) -> None:
+    copy = Path(shutil.copytree(tiny_backbone.path, tmp_path / "copy"))
+    (copy / "samples.safetensors").unlink()
+    if samples is not None:
+        (copy / "samples.safetensors").write_text(samples)
+    error, message = (ArtifactMismatch, "is damaged") if samples else (ArtifactNotFound, "is missing")
+    with pytest.raises(error, match=message):
+        push_folder(load_backbone(copy), tmp_path / "hub", licence_name="mit")
+    with pytest.raises(error, match=message):
+        import_backbone(str(copy), tmp_path / "back")
+    assert not (tmp_path / "hub").exists()
+    assert not (tmp_path / "back").exists()

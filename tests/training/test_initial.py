@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -285,3 +286,38 @@ def test_a_backbone_gives_its_encoder_and_contract(tiny_backbone: Backbone) -> N
     builtin = initial_weights("builtin")
     assert builtin.backbone == load_backbone()
     assert builtin.licence == "BSD-3-Clause"
+
+
+def test_a_description_cannot_have_another_checkpoint_read(tmp_path: Path) -> None:
+    folder = hub_folder(tmp_path / "w", model("test_convnext"))
+    torch.save({"x": Trap(tmp_path / "ran")}, folder / "bad.pth")
+    description = json.loads((folder / "config.json").read_text())
+    description["model_args"] = {"checkpoint_path": str(folder / "bad.pth")}
+    (folder / "config.json").write_text(json.dumps(description))
+    with pytest.raises(ArtifactMismatch, match="the argument checkpoint_path would have timm read other files"):
+        initial_weights(str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("numbers", ["none", [0.5, 0.5], [0.0, 0.0, 0.0], [None, 1, 1]])
+def test_a_normalisation_that_is_none_is_named(tmp_path: Path, numbers: object) -> None:
+    folder = hub_folder(tmp_path / "w", model("test_convnext"))
+    description = json.loads((folder / "config.json").read_text())
+    description["pretrained_cfg"]["std"] = numbers
+    (folder / "config.json").write_text(json.dumps(description))
+    with pytest.raises(UnreadableInput, match=r"its config\.json has .* for std, not one or three numbers above 0"):
+        initial_weights(str(folder))
+    assert initial_weights(str(folder), normalisation="none").std == (1.0, 1.0, 1.0)
+
+
+def test_a_checkpoint_of_galembeds_own_training_is_not_normalised_as_timms(tmp_path: Path) -> None:
+    network = model("test_convnext", num_classes=0).state_dict()
+    state = {f"network.encoder.{key}": value for key, value in network.items()}
+    torch.save({"state_dict": state | {"network.centring_mean": torch.zeros(1)}}, tmp_path / "last.ckpt")
+    with pytest.raises(BadRequest, match=r"is a checkpoint of `galembed train`.*writes the backbone"):
+        initial_weights(str(tmp_path / "last.ckpt"), architecture="test_convnext")
+    assert initial_weights(str(tmp_path / "last.ckpt"), architecture="test_convnext", normalisation="none").mean == (
+        0.0,
+        0.0,
+        0.0,
+    )

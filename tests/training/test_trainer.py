@@ -279,11 +279,40 @@ def test_fp16_needs_a_gpu(tmp_path: Path) -> None:
         ({"accumulate": 3}, "a batch of 8 cannot be worked through in 3 equal parts"),
         ({"ema": 1.0}, "ema must be from 0"),
         ({"drop_path": -0.1}, "drop_path must be from 0"),
+        ({"learning_rate": -1e-3}, "learning_rate must be from 0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be from 0 to inf, got nan"),
+        ({"weight_decay": -0.1}, "weight_decay must be from 0"),
+        ({"warmup": 2.0}, "warmup must be from 0 to 1, got 2"),
+        ({"clip": -1.0}, "clip must be from 0"),
+        ({"size": 0}, "size must be from 8"),
+        ({"radii": 0.0}, "radii must be from 0.1"),
+        ({"max_minutes": -1.0}, "max_minutes must be from 0"),
+        ({"seed": -1}, "seed must be from 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(BadRequest, match=message):
         replace(RECIPE, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"accelerator": "cuda:0"}, "accelerator 'cuda:0' is unknown; choose one of auto, cpu, gpu"),
+        ({"devices": 0}, "devices must be 1 or more, got 0"),
+        ({"checkpoint_minutes": -1.0}, "checkpoint_minutes must be 0 or more"),
+    ],
+)
+def test_impossible_machines_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadRequest, match=message):
+        Machine(**settings)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    network, recipe = made()
+    with pytest.raises(BadRequest, match=r"--accelerator gpu with 1 device\(s\) cannot be had"):
+        fit(network, noise_images(20), noise_images(6, 1), recipe, tmp_path, machine=Machine("gpu"))
 
 
 # --------------------------------------------------------------------------------------------------- early stopping
@@ -364,9 +393,10 @@ def test_a_failed_write_leaves_the_checkpoint_before_it(tmp_path: Path, monkeypa
         raise OSError("no space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(BadRequest, match=r"last\.ckpt cannot be written \(no space left on device\); make room"):
         AtomicFiles().save_checkpoint({"step": 2}, file)
     assert torch.load(file, weights_only=True) == {"step": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_a_curve_goes_on_where_the_checkpoint_stands(tmp_path: Path) -> None:

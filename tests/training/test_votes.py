@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 from astropy.table import MaskedColumn, Table
@@ -398,6 +401,25 @@ def test_votes_beside_pictures_are_found_by_file_and_row(tmp_path: Path) -> None
     assert table.ids == [f"{first}#0", f"{first}#1", f"{second}#0", f"{second}#1"]
     np.testing.assert_allclose(table.votes, [[3, 0, 1, 2], [1, 4, 0, 0], [2, 6, 1, 2], [1.5, 1.5, 0, 0]])
     assert table.splits == ["", "", "test", "test"]
+
+
+def test_votes_beside_pictures_are_read_without_the_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path, {"image": [b"", b""]} | COUNTS, "a.parquet")
+    read: list[str] = []
+    opened = ds.dataset
+
+    def watched(*where: Any, **how: Any) -> Any:
+        dataset = opened(*where, **how)
+
+        def to_table(columns: dict[str, Any]) -> pa.Table:
+            read.extend(columns)
+            return dataset.to_table(columns=columns)
+
+        return SimpleNamespace(schema=dataset.schema, count_rows=dataset.count_rows, to_table=to_table)
+
+    monkeypatch.setattr(ds, "dataset", watched)
+    read_image_votes([str(file)], TREE)
+    assert set(read) == set(COUNTS)
 
 
 def test_one_id_with_two_votes_beside_pictures_is_an_error(tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ import click
 @click.command()
 @click.argument("backbone")
 @click.argument("source")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the tables and plots.")
+@click.option(
+    "--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder for the tables and plots."
+)
 @click.option("--votes", type=click.Path(path_type=Path), help="Vote table; SOURCE/votes.parquet unless given.")
 @click.option("--column", help="Column of labels, for a head of `galembed finetune`; of --votes unless SOURCE has it.")
 @click.option("--catalogue", type=click.Path(path_type=Path), help="Sizes and positions of the images, by id.")
@@ -20,8 +22,16 @@ import click
     type=click.Choice(["validation", "test", "all"]),
     help="What `galembed train` keeps from training, or all if it never saw SOURCE [default: validation; labels: all].",
 )
-@click.option("--least-votes", default=20, show_default=True, help="Votes that a galaxy needs to be compared.")
-@click.option("--workers", default=1, show_default=True, help="Processes that read images.")
+@click.option("--split-column", help="Column of the votes that says train, validation or test [default: as trained].")
+@click.option("--validation", type=float, help="Share that training kept for validation [default: as trained].")
+@click.option(
+    "--least-votes",
+    type=click.IntRange(min=1),
+    default=20,
+    show_default=True,
+    help="Votes that a galaxy needs to be compared.",
+)
+@click.option("--workers", type=click.IntRange(min=0), default=1, show_default=True, help="Processes that read images.")
 def evaluate(
     backbone: str,
     source: str,
@@ -31,6 +41,8 @@ def evaluate(
     catalogue: Path | None,
     crop: float | None,
     split: str | None,
+    split_column: str | None,
+    validation: float | None,
     least_votes: int,
     workers: int,
 ) -> None:
@@ -45,6 +57,8 @@ def evaluate(
         catalogue=catalogue,
         crop=crop,
         split=split,
+        split_column=split_column,
+        validation=validation,
         least=least_votes,
         workers=workers,
     )
