@@ -238,6 +238,7 @@ def probe() -> None:
 
 _LABELS = click.option("--labels", type=_FILE, required=True, help="Table of labelled sources: FITS, VOTable, CSV ...")
 _ID_COLUMN = click.option("--id-column", help="Its id column, where it is not guessed right.")
+_RADIUS = click.option("--radius", type=float, help="Match labels by position instead, within so many arcsec.")
 _REPORT = click.option("--report", type=_FILE, help="Write the scores here, in Markdown.")
 _PLOT = click.option("--plot", type=_FILE, help="Draw the confusion matrix: .png or .pdf.")
 
@@ -248,6 +249,7 @@ _PLOT = click.option("--plot", type=_FILE, help="Draw the confusion matrix: .png
 @click.option("--column", required=True, help="Label column: text, integers or booleans.")
 @click.option("--out", type=_FILE, required=True, help="Folder for the probe.")
 @_ID_COLUMN
+@_RADIUS
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the cross-validation's folds.")
 @_REPORT
 @_PLOT
@@ -257,6 +259,7 @@ def fit(
     column: str,
     out: Path,
     id_column: str | None,
+    radius: float | None,
     seed: int,
     report: Path | None,
     plot: Path | None,
@@ -265,7 +268,9 @@ def fit(
     from galembed.probes import fit_probe, save_probe
     from galembed.store import open_store
 
-    fitted, scores = fit_probe(open_store(store), labels, column, id_column=id_column, seed=seed, name=out.name)
+    fitted, scores = fit_probe(
+        open_store(store), labels, column, id_column=id_column, radius=radius, seed=seed, name=out.name
+    )
     save_probe(fitted, out)
     _tell(scores, report, plot)
     click.echo(f"probe written to {out}")
@@ -277,6 +282,7 @@ def fit(
 @_LABELS
 @click.option("--column", help="Label column, where it is not the one that the probe was fitted to.")
 @_ID_COLUMN
+@_RADIUS
 @_REPORT
 @_PLOT
 def evaluate(
@@ -285,6 +291,7 @@ def evaluate(
     labels: Path,
     column: str | None,
     id_column: str | None,
+    radius: float | None,
     report: Path | None,
     plot: Path | None,
 ) -> None:
@@ -293,7 +300,7 @@ def evaluate(
     from galembed.store import open_store
 
     _tell(
-        evaluate_probe(open_store(store), load_probe(probe_path), labels, column, id_column=id_column),
+        evaluate_probe(open_store(store), load_probe(probe_path), labels, column, id_column=id_column, radius=radius),
         report,
         plot,
     )

@@ -50,7 +50,8 @@ class GalaxyNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder = timm.create_model(architecture, pretrained=False, num_classes=0, **architecture_args)
-        dim = int(self.encoder.num_features)
+        # What comes before a classifier; `num_features` is what comes before the pooling, in some families less.
+        dim = int(getattr(self.encoder, "head_hidden_size", self.encoder.num_features))
         self.mapping = mapping
         self.answers = answers
         self.kinds = kinds or ("votes",) * len(answers)

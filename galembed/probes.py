@@ -26,6 +26,7 @@ from safetensors.numpy import load_file, save_file
 
 from galembed.errors import ArtifactMismatch, ArtifactNotFound, BadRequest
 from galembed.labels import Labelled, Labels, Matrix, match_labels
+from galembed.linear import CHOICE_FOLDS, apart, choice_folds, equal_rows, fit_logistic, make_folds, softmax_layer
 from galembed.store import Store, matrix
 
 MIN_MEMBERS: Final = 5
@@ -77,8 +78,9 @@ class ProbeReport:
         Over all folds together.
     confusion : tuple of tuples of int
         Rows: label; columns: prediction; in the order of `scores`.
-    unmatched, unlabelled : int
-        Labels whose source is not in the store; rows without a label.
+    unmatched, unlabelled, ambiguous : int
+        Labels whose source is not in the store; rows without a label; labels left out since several sources are within
+        the radius, or labels that say different things.
     left_out : mapping of str to int
         Labels left out, by class: fewer than five members, or a class that the probe does not know.
     """
@@ -92,6 +94,7 @@ class ProbeReport:
     confusion: tuple[tuple[int, ...], ...]
     unmatched: int = 0
     unlabelled: int = 0
+    ambiguous: int = 0
     left_out: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -126,6 +129,8 @@ def _notes(report: ProbeReport) -> list[str]:
     notes = []
     if report.unmatched:
         notes.append(f"- {report.unmatched} label(s) name sources that are not in the store")
+    if report.ambiguous:
+        notes.append(f"- {report.ambiguous} label(s) are near several sources, or labels that differ, and left out")
     if report.unlabelled:
         notes.append(f"- {report.unlabelled} row(s) of the table have no label")
     if report.left_out:
@@ -203,6 +208,7 @@ def fit_probe(
     column: str,
     *,
     id_column: str | None = None,
+    radius: float | None = None,
     seed: int = 0,
     name: str | None = None,
 ) -> tuple[Probe, ProbeReport]:
@@ -222,6 +228,8 @@ def fit_probe(
         Label column: text, integers or booleans. Rows where it is missing are passed over.
     id_column : str, optional
         Column that holds the store's `source_id`; guessed if not given.
+    radius : float, optional
+        Match by position instead of by id, within so many arcsec; see `galembed.label_positions`.
     seed : int
         Of the folds.
     name : str, optional
@@ -235,7 +243,7 @@ def fit_probe(
         If the columns are not there, the labels are not classes or contradict each other, no source is in the
         store, or fewer than two classes have five members.
     """
-    matched = match_labels(store, labels, column, id_column)
+    matched = match_labels(store, labels, column, id_column, radius)
     counts = Counter(matched.labels.tolist())
     small = {label: count for label, count in sorted(counts.items()) if count < MIN_MEMBERS}
     matched = matched.keep(~np.isin(matched.labels, list(small)))
@@ -247,15 +255,17 @@ def fit_probe(
             f"{matched.unmatched} label(s) not in the store"
         )
     truth = np.searchsorted(classes, matched.labels)
-    outer, method = _folds(truth, matched.cells, _FOLDS, seed)
+    groups, how = apart(matched.cells, equal_rows(matched.vectors), _FOLDS, seed, truth)
+    outer = make_folds(groups, _FOLDS, seed, truth)
+    method = f"{len(outer)}-fold cross-validation, folds {how}"
     predicted = np.empty_like(truth)
     for train, test in outer:
         strength = _choose_strength(matched.vectors[train], truth[train], matched.cells[train], seed)
-        predicted[test] = _fit(matched.vectors[train], truth[train], strength).predict(matched.vectors[test])
+        predicted[test] = fit_logistic(matched.vectors[train], truth[train], strength).predict(matched.vectors[test])
     folds = [_balanced_accuracy(truth[test], predicted[test]) for _, test in outer]
     report = _report(column, method, folds, classes, truth, predicted, matched, small)
     strength = _choose_strength(matched.vectors, truth, matched.cells, seed)
-    weights, intercept = _linear(_fit(matched.vectors, truth, strength))
+    weights, intercept = softmax_layer(fit_logistic(matched.vectors, truth, strength))
     probe = Probe(
         name=name or column,
         column=column,
@@ -269,72 +279,19 @@ def fit_probe(
     return probe, report
 
 
-def _fit(vectors: Matrix, truth: NDArray[np.intp], strength: float) -> Any:
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
-
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, class_weight="balanced", max_iter=5000))
-    # On a few thousand rows, BLAS threads waiting for one another cost up to twenty times the fit itself.
-    with threadpool_limits(1 if len(truth) < 20_000 else None):
-        return model.fit(vectors.astype(np.float64), truth)
-
-
-def _linear(model: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return weights and intercepts, one row per class, with the scaling folded in."""
-    scaler, classifier = (step for _, step in model.steps)
-    weights = classifier.coef_ / scaler.scale_
-    intercept = classifier.intercept_ - weights @ scaler.mean_
-    if len(weights) == 1:  # Two classes have one logistic function; a softmax against 0 is the same.
-        weights, intercept = np.vstack([0 * weights, weights]), np.append(0.0, intercept)
-    return np.ascontiguousarray(weights), np.ascontiguousarray(intercept)
-
-
 def _choose_strength(vectors: Matrix, truth: NDArray[np.intp], cells: NDArray[np.int64], seed: int) -> float:
     """Return the regularisation (sklearn's C) with the best balanced accuracy over three folds."""
-    folds, _ = _folds(truth, cells, 3, seed)
+    groups, _ = apart(cells, equal_rows(vectors), CHOICE_FOLDS, seed, truth)
+    folds = choice_folds(groups, seed, truth)
+    if not folds:
+        return _STRENGTHS[len(_STRENGTHS) // 2]
 
     def score(strength: float) -> float:
-        return float(
-            np.mean(
-                [
-                    _balanced_accuracy(truth[test], _fit(vectors[train], truth[train], strength).predict(vectors[test]))
-                    for train, test in folds
-                ]
-            )
-        )
+        models = (fit_logistic(vectors[train], truth[train], strength) for train, _ in folds)
+        pairs = zip(models, folds, strict=True)
+        return float(np.mean([_balanced_accuracy(truth[test], m.predict(vectors[test])) for m, (_, test) in pairs]))
 
     return max(_STRENGTHS, key=score)
-
-
-Folds = list[tuple[NDArray[np.intp], NDArray[np.intp]]]
-
-
-def _folds(truth: NDArray[np.intp], cells: NDArray[np.int64], count: int, seed: int) -> tuple[Folds, str]:
-    """Return (train, test) rows and a line on how they were made; every training part has every class."""
-    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
-
-    count = max(2, min(count, int(np.bincount(truth).min())))
-    if (cells >= 0).mean() > 0.5:
-        for order in range(3, 13):
-            groups = np.where(cells >= 0, cells >> 2 * (29 - order), cells)
-            if len(np.unique(groups)) < 10 * count:
-                continue
-            splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
-            folds = list(splitter.split(truth, truth, groups))
-            if all(len(test) and _whole(truth, train) for train, test in folds):
-                width = 58.6 / 2**order
-                return folds, f"{count}-fold cross-validation, folds grouped by sky cells of {width:.2g} deg"
-    folds = list(StratifiedKFold(count, shuffle=True, random_state=seed).split(truth, truth))
-    return (
-        folds,
-        f"{count}-fold cross-validation, folds at random (too few positions or sky cells to group by)",
-    )
-
-
-def _whole(truth: NDArray[np.intp], train: NDArray[np.intp]) -> bool:
-    return len(np.unique(truth[train])) == len(np.unique(truth))
 
 
 def _balanced_accuracy(truth: NDArray[np.intp], predicted: NDArray[np.intp]) -> float:
@@ -374,6 +331,7 @@ def _report(
         confusion=tuple(tuple(map(int, row)) for row in confusion),
         unmatched=matched.unmatched,
         unlabelled=matched.unlabelled,
+        ambiguous=matched.ambiguous,
         left_out=dict(left_out),
     )
 
@@ -400,6 +358,7 @@ def evaluate_probe(
     column: str | None = None,
     *,
     id_column: str | None = None,
+    radius: float | None = None,
 ) -> ProbeReport:
     """Score a probe on labelled sources that it was not fitted to; those that it was are left out.
 
@@ -407,6 +366,8 @@ def evaluate_probe(
     ----------
     column : str, optional
         Label column; the probe's own if not given.
+    id_column, radius
+        See `fit_probe`.
 
     Raises
     ------
@@ -417,7 +378,7 @@ def evaluate_probe(
     """
     probe.require_store(store)
     column = column or probe.column
-    matched = match_labels(store, labels, column, id_column)
+    matched = match_labels(store, labels, column, id_column, radius)
     unseen = ~np.isin(matched.hashes, probe.trained_on)
     known = np.isin(matched.labels, probe.classes)
     left_out = dict(sorted(Counter(matched.labels[unseen & ~known].tolist()).items()))

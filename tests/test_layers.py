@@ -46,6 +46,8 @@ FLOORS = {
     "galembed.store": 6,
     "galembed.pictures": 7,
     "galembed.labels": 7,
+    "galembed.label_positions": 3,
+    "galembed.linear": 2,
     "galembed.probes": 8,
     "galembed.options": 8,
     "galembed.backbone_pages": 8,

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -17,30 +18,21 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
+from galembed import linear
 from galembed.backbones import Backbone, load_backbone, save_backbone
 from galembed.errors import BadRequest, UnreadableInput
+from galembed.linear import CHOICE_FOLDS, Folds, Rows, make_folds, sky_cells
 from galembed.network import GalaxyNetwork
 from galembed.questions import QuestionTree
 from galembed.schemas import fraction_column, value_column
-from galembed.sky import healpix_index
 from training.augment import Augmentation
 from training.data import Prepared, prepare
 from training.features import encoder_features, kept_features
 from training.fit import CHECKPOINT, RECORD, fit, mean_features
-from training.linear import (
-    CHOICE_FOLDS,
-    Floats,
-    Folds,
-    LinearHead,
-    class_weights,
-    fit_head,
-    make_folds,
-    target_scale,
-    value_answers,
-)
+from training.linear import Floats, LinearHead, class_weights, fit_head, target_scale, value_answers
 from training.recipe import Machine, Recipe
 from training.scores import ClassScores, NumberScores, VoteScores, score_classes, score_numbers
-from training.splits import Shares, close_pairs, draw_split, equal_pairs, group_of
+from training.splits import Split, close_pairs, equal_pairs, group_of
 from training.targets import LEAST_MEMBERS, LabelledImages
 from training.trainer import BEST
 from training.vote_scores import score
@@ -65,12 +57,9 @@ RECIPE: Final = Recipe(epochs=30, batch=32, learning_rate=1e-4, layer_decay=0.75
 
 IMAGES: Final = "images.npy"
 
-_CELL_ORDERS: Final = (6, 8, 10)  # 0.9 deg, 14 and 3.4 arcmin
-_CELLS_PER_FOLD: Final = 10
 _FOLDS_OF_LINEAR: Final = 5
 
 Scores = ClassScores | NumberScores | VoteScores
-Rows = NDArray[np.intp]
 
 
 @dataclass(frozen=True)
@@ -106,11 +95,13 @@ class FinetuneReport:
         columns = prediction_columns(self.labelled.tree)
         named = columns if len(columns) <= 6 else (*columns[:2], "...", columns[-1])
         unread = f", {len(self.unreadable)} unreadable" if self.unreadable else ""
+        balanced = self.labelled.task == "classification" and self.backbone.provenance["balance"]
         parts = [
             f"# {self.backbone.name}: `{self.labelled.column}`",
             f"{self.labelled.task.capitalize()}, {self.mode}; {self.method}; {len(self.labelled)} labelled "
             f"images{unread}.",
             str(self.scores),
+            *(["Probabilities, and so NLL and calibration, are those for classes equally common."] if balanced else []),
             *([f"A linear head on the old encoder:\n\n{self.linear_scores}"] if self.linear_scores else []),
             f"backbone {self.backbone.path} (embedding_id {self.backbone.embedding_id[:12]}, head "
             f"{self.backbone.head_id[:12]}); `embed` fills {', '.join(named)}; {self.seconds:.0f} s",
@@ -143,6 +134,7 @@ def finetune(
     seed: int = 0,
     workers: int = 0,
     machine: Machine | None = None,
+    restart: bool = False,
     name: str | None = None,
 ) -> FinetuneReport:
     """Give a backbone a head for labels, and train as much of its encoder as is asked for.
@@ -180,6 +172,8 @@ def finetune(
         Processes that read images; 0 reads in this one.
     machine : Machine, optional
         For training beyond the head; one device.
+    restart : bool
+        Discard what an interrupted call left.
     name : str, optional
         Name of the new backbone.
 
@@ -191,7 +185,7 @@ def finetune(
     ------
     BadRequest
         If `out` holds a backbone, an argument is out of its range, or too few images of a class can be read, or lie
-        apart on the sky.
+        apart on the sky; if an interrupted call with other settings is to be gone on with, unless `restart`.
     ArtifactNotFound
         If the backbone has no sample inputs.
     UnreadableInput
@@ -227,11 +221,12 @@ def finetune(
         seed=seed,
         workers=workers,
         machine=machine,
+        restart=restart,
         folder=out.with_name(f"{out.name}.training"),
     )
     found = [work.fitted(train, f"part-{at}") for at, (train, _) in enumerate(parts)]
     scores = work.scored(parts, [network for network, _ in found], mode)
-    linear = None if mode == "linear" else work.scored(parts, [work.headed(head) for _, head in found], "linear")
+    of_linear = None if mode == "linear" else work.scored(parts, [work.headed(head) for _, head in found], "linear")
     fitted_to = parts[0][0] if len(parts) == 1 else np.arange(len(labelled))
     network, head = found[0] if len(parts) == 1 else work.fitted(fitted_to, "whole")
     saved = save_backbone(
@@ -243,26 +238,11 @@ def finetune(
         questions=labelled.tree,
         weights={key: value.numpy() for key, value in network.state_dict().items()},
         samples=samples,
-        provenance={
-            "command": shlex.join(["galembed", *sys.argv[1:]]),
-            "parent": {"name": backbone.name, "embedding_id": backbone.embedding_id, "head_id": backbone.head_id},
-            "licence": backbone.provenance.get("licence", ""),
-            "mode": mode,
-            "task": labelled.task,
-            "column": labelled.column,
-            "classes": list(labelled.classes),
-            "images": len(fitted_to),
-            "balance": balance,
-            "seed": seed,
-            "strength": head.strength,
-            "method": method,
-            "scores": scores.to_dict(),
-            "versions": {package: version(package) for package in ("galembed", "torch", "timm", "scikit-learn")},
-        },
+        provenance=work.provenance(head, len(fitted_to)) | {"method": method, "scores": scores.to_dict()},
     )
     work.clean()
     seconds = time.monotonic() - started
-    return FinetuneReport(saved, labelled, mode, method, scores, linear, encoded.unreadable, seconds)
+    return FinetuneReport(saved, labelled, mode, method, scores, of_linear, encoded.unreadable, seconds)
 
 
 def _check(out: Path, mode: str, blocks: int, folds: int, machine: Machine | None) -> None:
@@ -289,69 +269,89 @@ def _parts(
     seed: int,
 ) -> tuple[Folds, str]:
     """Return (fitted to, scored on) rows, once or for each fold, and a line on how they were made."""
-    classes = labelled.images.targets.argmax(axis=1) if labelled.task == "classification" else None
-    if classes is not None:
-        _require_members(labelled, np.arange(len(labelled)), "can be read")
-    if folds and held_out is None:
-        groups, how = apart(labelled, features, folds)
-        parts = make_folds(groups, folds, seed, classes)
-        return parts, f"{len(parts)}-fold cross-validation, {how}"
-    how = "images held out as given"
     if held_out is None:
-        ids, ra, dec = _places(labelled)
-        drawn = draw_split(ids, ra, dec, shares=Shares(0.0, HELD_OUT))
-        held_out = drawn.together(_doubles(features)).names == "test"
-        how = f"images held out by {'sky cell' if np.isfinite(ra).any() else 'id'}"
+        groups, how = apart(labelled, features, max(folds, CHOICE_FOLDS), seed)
+        classes = classes_of(labelled)
+        _require_members(labelled, groups, "can be read and lie apart")
+        if folds:
+            parts = make_folds(groups, folds, seed, classes)
+            fewer = f" (as many as the rarest class has images, not {folds})" if len(parts) < folds else ""
+            return parts, f"{len(parts)}-fold cross-validation{fewer}, folds {how}"
+        held_out = part_of(groups, classes, HELD_OUT, seed)
+        method = f"{held_out.sum()} images held out, {how}"
+    else:
+        method = f"{held_out.sum()} images held out as given"
     train, test = np.flatnonzero(~held_out), np.flatnonzero(held_out)
     if not len(train) or not len(test):
         raise BadRequest(f"of {len(labelled)} labelled images {len(test)} are held out; give --folds, or more labels")
-    if classes is not None:
-        _require_members(labelled, train, "are left to fit to; give --folds, which spreads classes evenly")
-    return [(train, test)], f"{len(test)} {how}"
+    _require_members(labelled.take(train), train, "are left to fit to")
+    return [(train, test)], method
 
 
-def _require_members(labelled: LabelledImages, rows: Rows, what: str) -> None:
-    counts = labelled.images.targets[rows].sum(axis=0)
-    few = [f"{name} ({int(n)})" for name, n in zip(labelled.classes, counts, strict=True) if n < LEAST_MEMBERS]
+def classes_of(labelled: LabelledImages) -> NDArray[np.intp] | None:
+    """Return the class of each image, shape (image,); None unless the labels are classes."""
+    return labelled.images.targets.argmax(axis=1) if labelled.task == "classification" else None
+
+
+def _require_members(labelled: LabelledImages, groups: NDArray[np.int64], what: str) -> None:
+    """Check that every class has images in `LEAST_MEMBERS` groups; so it can be both learnt and tested."""
+    classes = classes_of(labelled)
+    if classes is None:
+        return
+    counts = [len(np.unique(groups[classes == at])) for at in range(len(labelled.classes))]
+    few = [f"{name} ({n})" for name, n in zip(labelled.classes, counts, strict=True) if n < LEAST_MEMBERS]
     if few:
-        raise BadRequest(f"fewer than {LEAST_MEMBERS} labelled images of {', '.join(few[:5])} {what}")
+        raise BadRequest(
+            f"fewer than {LEAST_MEMBERS} labelled images of {', '.join(few[:5])} {what}; label more, or empty those "
+            "labels"
+        )
 
 
-def apart(labelled: LabelledImages, features: NDArray[np.float32], folds: int) -> tuple[NDArray[np.int64], str]:
+def apart(
+    labelled: LabelledImages, features: NDArray[np.float32], folds: int, seed: int = 0
+) -> tuple[NDArray[np.int64], str]:
     """Return the group of each image that folds must not divide, shape (image,), and how images are grouped.
 
-    Neighbours on the sky share seeing, depth and calibration, which a random division would reward. Where there are too
-    few positions or cells, only images at the same place are kept together; those of the same pixels always are.
+    As `galembed.linear.apart`; images of the same pixels, or within 2 arcsec of one another, are always together.
 
     Parameters
     ----------
     labelled : LabelledImages
     features : ndarray, shape (image, dim)
         Equal where pixels are.
-    folds : int
+    folds, seed : int
     """
-    ids, ra, dec = _places(labelled)
-    pairs = [_doubles(features), close_pairs(ra, dec)]
-    placed = np.isfinite(ra) & np.isfinite(dec)
-    how = "folds by id, as there are too few positions or sky cells"
-    for order in _CELL_ORDERS if placed.mean() > 0.5 else ():
-        cells = np.full(len(ids), -1, np.int64)
-        cells[placed] = healpix_index(ra[placed], dec[placed], order)
-        if len(np.unique(cells)) >= _CELLS_PER_FOLD * folds:
-            pairs.append(equal_pairs(b"" if cell < 0 else cell.tobytes() for cell in cells))
-            how = f"folds grouped by sky cells of {58.6 / 2**order:.2g} deg"
-            break
-    return group_of(len(ids), np.concatenate(pairs)), how
-
-
-def _doubles(features: NDArray[np.float32]) -> NDArray[np.int64]:
-    return equal_pairs(row.tobytes() for row in features)
-
-
-def _places(labelled: LabelledImages) -> tuple[list[str], NDArray[np.float64], NDArray[np.float64]]:
     rows = labelled.images.rows
     ra, dec = (rows[name].to_numpy(zero_copy_only=False).astype(np.float64) for name in ("ra", "dec"))
-    return rows["source_id"].to_pylist(), ra, dec
+    doubles = equal_pairs(row.tobytes() for row in features)
+    together = group_of(len(labelled), np.concatenate([doubles, close_pairs(ra, dec)]))
+    return linear.apart(sky_cells(ra, dec), together, folds, seed, classes_of(labelled))
+
+
+def part_of(groups: NDArray[np.int64], classes: NDArray[np.intp] | None, share: float, seed: int) -> NDArray[np.bool_]:
+    """Return a mask of about a share of the rows, in whole groups, of every class alike and never all of one.
+
+    Parameters
+    ----------
+    groups : ndarray, shape (row,), int
+    classes : ndarray, shape (row,), int, optional
+    share : float
+        A class gives so much of its rows at most, or one.
+    seed : int
+        Of the order in which groups are looked at.
+    """
+    classes = np.zeros(len(groups), np.intp) if classes is None else classes
+    there = np.bincount(classes)
+    most = np.minimum(np.maximum(1, np.round(share * there)), there - 1)
+    order = np.argsort(groups, kind="stable")
+    members = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
+    taken, chosen = np.zeros(len(there)), np.zeros(len(groups), bool)
+    for number in np.random.default_rng(seed).permutation(len(members)):
+        more = np.bincount(classes[members[number]], minlength=len(there))
+        if (taken + more <= most)[more > 0].all():
+            taken += more
+            chosen[members[number]] = True
+    return chosen
 
 
 # ------------------------------------------------------------------------------------------------------------ fitting
@@ -370,6 +370,7 @@ class _Work:
     seed: int
     workers: int
     machine: Machine | None
+    restart: bool
     folder: Path
 
     def empty(self) -> GalaxyNetwork:
@@ -384,48 +385,78 @@ class _Work:
         network.load_state_dict({key: torch.from_numpy(value) for key, value in (kept | head.state()).items()})
         return network.eval()
 
-    def fitted(self, rows: Rows, folder: str) -> tuple[GalaxyNetwork, LinearHead]:
-        """Return a network fitted to some rows, and the linear head on the old encoder."""
+    def head(self, rows: Rows) -> LinearHead:
+        """Return a linear head on the old encoder, fitted to some rows."""
         part = self.labelled.take(rows)
-        head = fit_head(
+        return fit_head(
             self.empty(),
             self.features[rows],
             part.images.targets,
             part.task,
-            groups=apart(part, self.features[rows], CHOICE_FOLDS)[0],
+            groups=self.groups(rows),
             balance=self.balance,
             seed=self.seed,
         )
-        network = self.headed(head)
-        if self.mode != "linear":
-            self.train(network, head, rows, self.folder / folder)
+
+    def groups(self, rows: Rows) -> NDArray[np.int64]:
+        """Return the groups of some rows that must not be divided; see `apart`."""
+        return apart(self.labelled.take(rows), self.features[rows], CHOICE_FOLDS, self.seed)[0]
+
+    def fitted(self, rows: Rows, folder: str) -> tuple[GalaxyNetwork, LinearHead]:
+        """Return a network fitted to some rows, and the linear head on the old encoder."""
+        head = self.head(rows)
+        network = self.headed(head) if self.mode == "linear" else self.trained(rows, self.folder / folder)
         return network, head
 
-    def train(self, network: GalaxyNetwork, head: LinearHead, rows: Rows, folder: Path) -> None:
-        """Train beyond the head, in place; numbers are standardised meanwhile."""
-        mean, std = target_scale(self.labelled.images.targets[rows], value_answers(network))
-        network.load_state_dict(_tensors(head.scaled(-mean / std, 1 / std)), strict=False)
-        prepared = self.prepared(rows, mean, std)
-        training, validation = prepared.part("train"), prepared.part("validation")
-        if not len(training) or not len(validation):
+    def trained(self, rows: Rows, folder: Path) -> GalaxyNetwork:
+        """Return a network trained beyond the head, to which numbers are standardised meanwhile.
+
+        The head that it begins with has not seen the images by which training is ended: these would seem to get worse
+        at once.
+        """
+        stopping = part_of(self.groups(rows), classes_of(self.labelled.take(rows)), STOPPING, self.seed)
+        if not stopping.any():
             raise BadRequest(
                 f"{len(rows)} labelled images are too few to train on and to know when to stop; label more"
             )
-        facts = {"recipe": asdict(self.recipe), "parent": self.backbone.embedding_id}
-        if fit(network, training, validation, self.recipe, folder, machine=self.machine, facts=facts).interrupted:
+        fitted_to, stopped_by = rows[~stopping], rows[stopping]
+        head = self.head(fitted_to)
+        network = self.headed(head)
+        mean, std = target_scale(self.labelled.images.targets[fitted_to], value_answers(network))
+        network.load_state_dict(_tensors(head.scaled(-mean / std, 1 / std)), strict=False)
+        training, validation = (self.standardised(part, mean, std) for part in (fitted_to, stopped_by))
+        found = fit(
+            network,
+            training,
+            validation,
+            self.recipe,
+            folder,
+            machine=self.machine,
+            facts={"recipe": asdict(self.recipe), "parent": self.backbone.embedding_id},
+            restart=self.restart,
+        )
+        if found.interrupted:
             raise KeyboardInterrupt
         network.load_state_dict(_tensors(_head_of(network, head.strength).scaled(mean, std)), strict=False)
+        network.to(found.device)
         network.centring_mean.copy_(mean_features(network, training, self.backbone.contract.size))
+        return network.cpu()
 
-    def prepared(self, rows: Rows, mean: Floats, std: Floats) -> Prepared:
-        """Return the images of some rows, read with the margin that augmentation needs, and standardised targets."""
-        images, contract = self.labelled.images, self.backbone.contract
-        ids, ra, dec = _places(self.labelled)
-        images = replace(images, split=draw_split(ids, ra, dec, shares=Shares(STOPPING, 0.0)))
+    @cached_property
+    def pictures(self) -> Prepared:
+        """All images, read with the margin that augmentation needs."""
+        images = self.labelled.images
+        all_trained = np.zeros(len(images), np.int8)
+        images = replace(images, split=Split(all_trained, all_trained))
+        contract = self.backbone.contract
         every, unreadable = prepare(images, contract, self.folder / IMAGES, workers=max(1, self.workers))
         if unreadable:
             raise UnreadableInput(f"{len(unreadable)} images could be read before and cannot now: {unreadable[0]}")
-        chosen = every.take(rows)
+        return every
+
+    def standardised(self, rows: Rows, mean: Floats, std: Floats) -> Prepared:
+        """Return the images of some rows, with weights and with targets less `mean` over `std`."""
+        chosen = self.pictures.take(rows)
         weights = chosen.weights
         if self.balance and self.labelled.task == "classification":
             weights = class_weights(chosen.targets.argmax(axis=1)).astype(np.float32)
@@ -459,12 +490,30 @@ class _Work:
         answer = network.concentrations if self.labelled.task == "votes" else network.predictions
         return np.asarray(answer(torch.from_numpy(features)).numpy())
 
+    def provenance(self, head: LinearHead, images: int) -> dict[str, Any]:
+        """Return what a backbone is told about its making, as JSON holds it."""
+        old, labelled = self.backbone, self.labelled
+        return {
+            "command": shlex.join(["galembed", *(word for word in sys.argv[1:] if word != "--restart")]),
+            "parent": {"name": old.name, "embedding_id": old.embedding_id, "head_id": old.head_id},
+            "licence": old.provenance.get("licence", ""),
+            "mode": self.mode,
+            "task": labelled.task,
+            "column": labelled.column,
+            "classes": list(labelled.classes),
+            "images": images,
+            "balance": self.balance,
+            "seed": self.seed,
+            "strength": head.strength,
+            "versions": {package: version(package) for package in ("galembed", "torch", "timm", "scikit-learn")},
+        }
+
     def clean(self) -> None:
         """Remove what an interrupted call would have gone on from; the curves stay."""
         for name in (CHECKPOINT, RECORD, BEST):
             for file in self.folder.glob(f"*/{name}"):
                 file.unlink()
-        for file in self.folder.glob("*.npy*"):
+        for file in self.folder.glob(f"{Path(IMAGES).stem}.*"):
             file.unlink()
 
 

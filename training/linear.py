@@ -1,21 +1,21 @@
 """Linear heads on features that are computed once: logistic regression, ridge regression, and votes.
 
 Features are standardised for the fit and the scaling is then folded into the weights, so a head needs no other state.
-How strongly it is held back is chosen by cross-validation among the rows given, by the likelihood of those left out.
+How strongly it is held back is chosen by cross-validation among the rows given, by the likelihood of those left out; of
+too few rows for that, it is the middle of what is tried.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
-from galembed.errors import BadRequest
+from galembed.linear import Folds, choice_folds, fit_logistic, softmax_layer, threads_for
 from galembed.network import GalaxyNetwork
 from training.loss import targets_nll
 
@@ -28,14 +28,9 @@ RIDGE_STRENGTHS: Final = tuple(10.0**power for power in np.arange(-1, 5.5, 0.5))
 VOTE_STRENGTHS: Final = (1e-1, 1e-2, 1e-3, 1e-4)
 """Weight of half the squared coefficients beside the mean loss of a galaxy."""
 
-CHOICE_FOLDS: Final = 3
-"""Of the cross-validation that chooses a strength."""
-
 _ITERATIONS: Final = 150
-_FEW_ROWS: Final = 20_000
 
 Floats = NDArray[np.float64]
-Folds = Sequence[tuple[NDArray[np.intp], NDArray[np.intp]]]
 
 
 @dataclass(frozen=True)
@@ -78,43 +73,6 @@ class LinearHead:
         return LinearHead(weight, bias, self.precision_weight, self.precision_bias, self.strength)
 
 
-# ------------------------------------------------------------------------------------------------------------- folds
-
-
-def make_folds(groups: NDArray[np.int64], count: int, seed: int, classes: NDArray[np.intp] | None = None) -> Folds:
-    """Return (train, test) rows for cross-validation; a group is never on both sides.
-
-    Parameters
-    ----------
-    groups : ndarray, shape (row,), int
-    count : int
-        Folds; fewer where there are fewer groups, or a class has fewer members.
-    seed : int
-    classes : ndarray, shape (row,), int, optional
-        Spread evenly over the folds.
-
-    Raises
-    ------
-    BadRequest
-        If the rows cannot be split so that each training part has every class: all of a class are in one group.
-    """
-    from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold
-
-    apart = len(np.unique(groups)) == len(groups)
-    count = min(count, len(np.unique(groups)))
-    if classes is not None:
-        count = min(count, int(np.bincount(classes).min()))
-    if count < 2:
-        raise BadRequest(f"{len(groups)} labelled images cannot be split in two parts that are apart; label more")
-    kind = (GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold)[2 * (classes is not None) + apart]
-    splitter = kind(count, shuffle=True, random_state=seed)
-    rows = np.zeros(len(groups))
-    folds = list(splitter.split(rows, classes, None if apart else groups))
-    if classes is not None and any(len(np.unique(classes[train])) < len(np.unique(classes)) for train, _ in folds):
-        raise BadRequest("all labelled images of one class lie in one cell of the sky; label some elsewhere")
-    return folds
-
-
 # -------------------------------------------------------------------------------------------------------------- fits
 
 
@@ -151,7 +109,7 @@ def fit_head(
     -------
     LinearHead
     """
-    with threadpool_limits(1 if len(features) < _FEW_ROWS else None):  # threads cost more than they save on few rows
+    with threads_for(len(features)):
         if task == "classification":
             return fit_classes(features, targets.argmax(axis=1), groups=groups, balance=balance, seed=seed)
         if task == "regression":
@@ -163,32 +121,16 @@ def fit_classes(
     features: NDArray[np.float32], classes: NDArray[np.intp], *, groups: NDArray[np.int64], balance: bool, seed: int
 ) -> LinearHead:
     """Fit a logistic regression (scikit-learn's) to standardised features; see `fit_head`."""
-    folds = make_folds(groups, CHOICE_FOLDS, seed, classes)
     weights = class_weights(classes) if balance else np.ones(len(classes))
 
     def loss(strength: float, train: NDArray[np.intp], test: NDArray[np.intp]) -> float:
-        model = logistic(strength, balance).fit(features[train].astype(np.float64), classes[train])
+        model = fit_logistic(features[train], classes[train], strength, balance=balance)
         chances = model.predict_proba(features[test].astype(np.float64))[np.arange(len(test)), classes[test]]
         return float(np.average(-np.log(np.maximum(chances, 1e-12)), weights=weights[test]))
 
-    strength = _best(CLASS_STRENGTHS, folds, loss)
-    model = logistic(strength, balance).fit(features.astype(np.float64), classes)
-    scaler, classifier = (step for _, step in model.steps)
-    weight, bias = classifier.coef_, classifier.intercept_
-    if len(weight) == 1:  # two classes have one logistic function; a softmax against 0 is the same
-        weight, bias = np.vstack([0 * weight, weight]), np.append(0.0, bias)
-    dim = features.shape[1]
-    return _folded(weight, bias, np.zeros((1, dim)), np.zeros(1), scaler.mean_, scaler.scale_, strength)
-
-
-def logistic(strength: float, balance: bool) -> Any:
-    """Return the classifier that `fit_classes` fits, for a strength."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    weights = "balanced" if balance else None
-    return make_pipeline(StandardScaler(), LogisticRegression(C=strength, class_weight=weights, max_iter=5000))
+    strength = _best(CLASS_STRENGTHS, choice_folds(groups, seed, classes), loss)
+    weight, bias = softmax_layer(fit_logistic(features, classes, strength, balance=balance))
+    return LinearHead(weight, bias, np.zeros((1, features.shape[1])), np.zeros(1), strength)
 
 
 def class_weights(classes: NDArray[np.intp]) -> Floats:
@@ -206,7 +148,7 @@ def fit_number(
 
     mean, std = target_scale(numbers[:, None], np.array([True]))
     scaler = StandardScaler().fit(features.astype(np.float64))
-    model = RidgeCV(RIDGE_STRENGTHS, cv=list(make_folds(groups, CHOICE_FOLDS, seed)))
+    model = RidgeCV(RIDGE_STRENGTHS, cv=choice_folds(groups, seed) or None)
     model.fit(scaler.transform(features.astype(np.float64)), (numbers - mean) / std)
     none = np.zeros((0, features.shape[1]))
     weight, bias = np.atleast_2d(model.coef_), np.atleast_1d(model.intercept_)
@@ -271,7 +213,7 @@ def fit_votes(
         starts[fold] = [tensor.detach().clone() for tensor in _tensors(parts)]
         return float(_mean_loss(network, x[test], y[test]).detach())
 
-    strength = _best(VOTE_STRENGTHS, make_folds(groups, CHOICE_FOLDS, seed), loss)
+    strength = _best(VOTE_STRENGTHS, choice_folds(groups, seed), loss)
     _to_zero(parts)
     _descend(network, parts, x, y, strength)
     arrays = [tensor.detach().numpy().copy() for tensor in _tensors(parts)]
@@ -323,6 +265,8 @@ def _best(
     loss: Callable[[float, NDArray[np.intp], NDArray[np.intp]], float],
 ) -> float:
     """Return the strength with the smallest mean loss over the folds, tried from strong to weak until it rises."""
+    if not folds:
+        return strengths[len(strengths) // 2]
     best, least = strengths[0], np.inf
     for strength in strengths:
         found = float(np.mean([loss(strength, *fold) for fold in folds]))

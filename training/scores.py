@@ -29,8 +29,12 @@ class Measured:
     low: float
     high: float
 
+    def __format__(self, spec: str) -> str:
+        spec = spec or ".3f"
+        return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return format(self)
 
 
 @dataclass(frozen=True)
@@ -142,13 +146,13 @@ class NumberScores:
         unit = f" {self.unit}" if self.unit else ""
         return "\n".join(
             [
-                f"**RMSE {self.rmse}{unit}** on {self.galaxies} galaxies",
+                f"**RMSE {self.rmse:.3g}{unit}** on {self.galaxies} galaxies",
                 "",
                 "| | this head | a constant answer |",
                 "| --- | --- | --- |",
-                f"| RMSE{unit} | {self.rmse} | {self.constant_rmse:.3f} |",
-                f"| MAE{unit} | {self.mae} | {self.constant_mae:.3f} |",
-                f"| bias{unit} | {self.bias:+.3f} | |",
+                f"| RMSE{unit} | {self.rmse:.3g} | {self.constant_rmse:.3g} |",
+                f"| MAE{unit} | {self.mae:.3g} | {self.constant_mae:.3g} |",
+                f"| bias{unit} | {self.bias:+.2g} | |",
                 f"| R² | {self.r2} | 0 |",
             ]
         )
@@ -179,7 +183,7 @@ class VoteScores:
             lines.append(f"| {row['question']} | {row['galaxies']} | {numbers} |")
         for row in self.values.to_pylist():
             unit = f" [{row['unit']}]" if row["unit"] else ""
-            errors = f"{row['rmse']:.3f} | {row['rmse_constant']:.3f}"
+            errors = f"{row['rmse']:.3g} | {row['rmse_constant']:.3g}"
             lines.append(f"| {row['question']}{unit} | {row['galaxies']} | | | {errors} |")
         return "\n".join(lines)
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from galembed.catalogues import read_table, source_ids
 from galembed.errors import BadRequest
+from galembed.label_positions import label_positions, matches, sky_pairs
 from galembed.questions import Question, QuestionTree, question_tree
 from galembed.schemas import SOURCES, fraction_column
 from galembed.sources import open_source
@@ -31,7 +32,7 @@ MAX_CLASSES: Final = 200
 """A column with more different labels is no class column."""
 
 LEAST_MEMBERS: Final = 2
-"""Labels that a class needs: one to learn from and one to be tested on."""
+"""Labels that a class needs, of images that lie apart: one to learn from and one to be tested on."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,9 @@ class LabelledImages:
         As the labels spell them, in the order of the answers; empty unless the task is classification.
     why : str
         What the task was told from, in words.
-    unmatched, unlabelled : int
-        Labels whose image is not in the source; rows without a label.
+    unmatched, unlabelled, ambiguous : int
+        Labels whose image is not in the source; rows without a label; labels left out since several images are within
+        the radius, or labels that say different things.
     """
 
     images: VotedImages
@@ -65,6 +67,7 @@ class LabelledImages:
     why: str = ""
     unmatched: int = 0
     unlabelled: int = 0
+    ambiguous: int = 0
 
     def __len__(self) -> int:
         return len(self.images)
@@ -97,6 +100,7 @@ class LabelledImages:
         else:
             what = f"votes on {len(self.tree.questions)} question(s) of {self.column}, {len(self)} images"
         gone = [f"{self.unmatched} label(s) name no image here" if self.unmatched else ""]
+        gone += [f"{self.ambiguous} label(s) near several images, or others that differ" if self.ambiguous else ""]
         gone += [f"{self.unlabelled} row(s) without a label" if self.unlabelled else ""]
         return "\n".join(filter(None, [what, *gone]))
 
@@ -111,6 +115,7 @@ def open_labelled_images(
     catalogue: Path | None = None,
     crop: float | None = None,
     id_column: str | None = None,
+    radius: float | None = None,
 ) -> LabelledImages:
     """Join labels to the images of a source.
 
@@ -122,8 +127,8 @@ def open_labelled_images(
         Column of the labels: text, booleans, integers or floats. Empty, null and NaN are no label. For votes, leave it
         out.
     labels : Table, str or Path, optional
-        A table with the images' ids, or of votes (`training.votes.read_votes`). Without one, the labels are a column of
-        the picture table itself, or of `catalogue`.
+        A table with the images' ids, or the file of a table of votes (`training.votes.read_vote_table`). Without one,
+        the labels are a column of the picture table itself, or of `catalogue`.
     task : str, optional
         One of `TASKS`. Unless given: votes with `questions`; classification of text, booleans, and whole numbers of at
         most `INTEGER_CLASSES` different values; else regression.
@@ -133,6 +138,9 @@ def open_labelled_images(
         See `galembed.sources.open_source`.
     id_column : str, optional
         Column of `labels` with the ids; guessed if not given.
+    radius : float, optional
+        Match `labels` by position instead, within so many arcsec; see `galembed.label_positions`. The images' positions
+        are those of the source list: of `catalogue`, or of the picture table.
 
     Raises
     ------
@@ -142,16 +150,16 @@ def open_labelled_images(
     SchemaMismatch
         If a vote table does not fit the tree.
     """
+    if radius is not None and (labels is None or id_column is not None):
+        raise BadRequest("--radius matches a table of --labels by position: give that table, and no --id-column")
     if task not in (None, *TASKS):
         raise BadRequest(f"--task {task!r} is unknown; choose {', '.join(TASKS)}")
     if task == "votes" or (task is None and questions):
         if not questions or column:
             raise BadRequest("votes are told by --questions TREE and the tree's own columns, not by --column")
-        tree = question_tree(questions)
-        votes = None if labels is None else Path(str(labels))
-        voted = open_voted_images(Path(source), tree, votes=votes, catalogue=catalogue, crop=crop)
-        order = pc.sort_indices(voted.rows["source_id"]).to_numpy()
-        return LabelledImages(_taken(voted, order, voted.targets[order]), tree, "votes", tree.name)
+        if isinstance(labels, Table) or radius is not None or id_column is not None:
+            raise BadRequest("votes are read from a file, by ids in a column of its own: no --radius, no --id-column")
+        return _voted(source, question_tree(questions), labels, catalogue, crop)
     if not column:
         raise BadRequest("name the column of the labels with --column, or a question tree with --questions")
     carry = () if labels is not None else (column,)
@@ -159,7 +167,16 @@ def open_labelled_images(
     listing = reader.sources().table
     if labels is None and column not in listing.column_names:
         raise BadRequest(f"{source} has no column {column!r} of its own; name a table of labels with --labels")
-    found = _in_listing(listing, column) if labels is None else _matched(listing, labels, column, id_column, source)
+    if labels is None:
+        found = _in_listing(listing, column)
+    else:
+        table = labels if isinstance(labels, Table) else read_table(labels)
+        if column not in table.colnames:
+            raise BadRequest(f"the labels have no column {column!r}; they have {', '.join(table.colnames[:30])}")
+        if radius is None:
+            found = _by_id(listing, table, column, id_column, source)
+        else:
+            found = _near(listing, table, column, radius)
     sense, why = _task_of(found.values, column)
     chosen = task or sense
     why = "--task" if task else why
@@ -172,8 +189,25 @@ def open_labelled_images(
         names, targets = (), _numbers(found.values, column)[:, None]
         tree = QuestionTree(column, "", (Question(_word(column), ("value",), kind="value", unit=found.unit),))
     return LabelledImages(
-        _taken(images, found.rows, targets), tree, chosen, column, names, why, found.unmatched, found.unlabelled
+        _taken(images, found.rows, targets),
+        tree,
+        chosen,
+        column,
+        names,
+        why,
+        found.unmatched,
+        found.unlabelled,
+        found.ambiguous,
     )
+
+
+def _voted(
+    source: str | Path, tree: QuestionTree, votes: str | Path | None, catalogue: Path | None, crop: float | None
+) -> LabelledImages:
+    file = None if votes is None else Path(votes)
+    voted = open_voted_images(Path(source), tree, votes=file, catalogue=catalogue, crop=crop)
+    order = pc.sort_indices(voted.rows["source_id"]).to_numpy()
+    return LabelledImages(_taken(voted, order, voted.targets[order]), tree, "votes", tree.name)
 
 
 def _taken(images: VotedImages, rows: NDArray[np.int64], targets: NDArray[np.float32]) -> VotedImages:
@@ -192,6 +226,7 @@ class _Found:
     unit: str
     unmatched: int
     unlabelled: int
+    ambiguous: int = 0
 
 
 def _in_listing(listing: pa.Table, column: str) -> _Found:
@@ -202,16 +237,15 @@ def _in_listing(listing: pa.Table, column: str) -> _Found:
     return _Found(kept.to_numpy(), values.take(kept), unit, 0, len(listing) - len(kept))
 
 
-def _matched(
-    listing: pa.Table, labels: Table | str | Path, column: str, id_column: str | None, source: str | Path
-) -> _Found:
-    table = labels if isinstance(labels, Table) else read_table(labels)
-    for name in filter(None, (column, id_column)):
-        if name not in table.colnames:
-            raise BadRequest(f"the labels have no column {name!r}; they have {', '.join(table.colnames[:30])}")
+def _by_id(listing: pa.Table, table: Table, column: str, id_column: str | None, source: str | Path) -> _Found:
+    if id_column is not None and id_column not in table.colnames:
+        raise BadRequest(f"the labels have no column {id_column!r}; they have {', '.join(table.colnames[:30])}")
     ids = source_ids(table, id_column)
     if ids is None:
-        raise BadRequest(f"the labels have no id column, only {', '.join(table.colnames[:30])}; name it by --id-column")
+        raise BadRequest(
+            f"the labels have no id column, only {', '.join(table.colnames[:30])}; name it by --id-column, or match by "
+            "position with --radius"
+        )
     values = _plain(_arrow(table[column]), column)
     labelled = pc.and_(pc.is_valid(values), pc.not_equal(ids, ""))
     agreed = _agreed(ids.filter(labelled).to_pylist(), values.filter(labelled), column)
@@ -222,12 +256,45 @@ def _matched(
     if not len(rows):
         raise BadRequest(
             f"none of the {len(agreed)} labelled ids ({next(iter(agreed), 'none')}, ...) is an image in {source} "
-            f"({listing['source_id'][0] if len(listing) else 'empty'}, ...); name the column of ids with --id-column"
+            f"({listing['source_id'][0] if len(listing) else 'empty'}, ...); name the column of ids with --id-column, "
+            "or match by position with --radius"
         )
     taken = pa.array([list(agreed.values())[int(i)] for i in at.drop_null().to_numpy()], pa.int64())
-    unit = str(getattr(table[column], "unit", "") or "")
     unlabelled = len(table) - int(pc.sum(labelled).as_py() or 0)
-    return _Found(rows, values.filter(labelled).take(taken), unit, len(agreed) - len(rows), unlabelled)
+    unmatched = len(agreed) - len(pc.unique(at.drop_null()))
+    return _Found(rows, values.filter(labelled).take(taken), _unit(table[column]), unmatched, unlabelled)
+
+
+def _near(listing: pa.Table, table: Table, column: str, radius: float) -> _Found:
+    """Match labels by position."""
+    values = _plain(_arrow(table[column]), column)
+    labelled = np.flatnonzero(pc.is_valid(values).to_numpy(zero_copy_only=False))
+    values = values.take(pa.array(labelled))
+    ra, dec = (listing[name].to_numpy().astype(np.float64) for name in ("ra", "dec"))
+    if not np.isfinite(ra).any():
+        raise BadRequest("no image has a position in the source list; give one that has them with --catalogue")
+    label_ra, label_dec = label_positions(table)
+    pairs = sky_pairs((ra, dec), (label_ra[labelled], label_dec[labelled]), radius)
+    found = matches(pairs, values.to_pylist())
+    if not len(found.sources):
+        raise BadRequest(
+            f"of {len(labelled)} labels {found.ambiguous} are near several images or others that differ, and none lies "
+            f"within {radius:g} arcsec of one image alone; check that their positions are ICRS degrees, or give "
+            "another --radius"
+        )
+    order = np.argsort(np.array(listing["source_id"].to_pylist())[found.sources], kind="stable")
+    return _Found(
+        found.sources[order],
+        values.take(pa.array(found.labels[order])),
+        _unit(table[column]),
+        found.unmatched,
+        len(table) - len(labelled),
+        found.ambiguous,
+    )
+
+
+def _unit(column: Any) -> str:
+    return str(getattr(column, "unit", "") or "")
 
 
 def _agreed(ids: list[str], values: pa.Array, column: str) -> dict[str, int]:
@@ -257,7 +324,13 @@ def _arrow(column: Any) -> pa.Array:
     elif values.dtype.kind in "iu":
         values = values.astype(np.int64)
     missing = np.broadcast_to(np.asarray(getattr(column, "mask", False)), values.shape)
-    return pa.array(values.tolist(), mask=np.array(missing))
+    try:
+        return pa.array(values.tolist(), mask=np.array(missing))
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        kinds = sorted({type(value).__name__ for value in values.tolist()})
+        raise BadRequest(
+            f"label column {column.name!r} holds values of several kinds ({', '.join(kinds)}); write them all alike"
+        ) from error
 
 
 def _plain(values: pa.Array, column: str) -> pa.Array:

@@ -83,3 +83,31 @@ def test_an_answer_thought_impossible_still_teaches() -> None:
     torch.testing.assert_close(concentrations, torch.tensor([[1.0, FLOOR, FLOOR]]))
     (-concentrations[0, 1].log()).backward()
     torch.testing.assert_close(net.head.bias.grad, torch.tensor([1.0, -1.0, 0.0]))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "size"),
+    [
+        ("mobilenetv4_conv_small_050", 32),
+        ("mobilenetv3_small_050", 32),
+        ("lcnet_050", 32),
+        ("ghostnet_050", 32),
+        ("inception_next_atto", 32),
+        ("test_mambaout", 32),
+        ("test_efficientnet", 32),
+        ("test_resnet", 32),
+        ("test_convnext", 32),
+        ("test_vit", 160),
+        ("test_nfnet", 32),
+        ("maxvit_rmlp_pico_rw_256", 64),
+        ("levit_128s", 224),
+    ],
+)
+def test_the_length_of_the_embedding_is_that_of_the_encoders_output(architecture: str, size: int) -> None:
+    contract = InputContract(size, FieldOfView(9.0, 8.0, 90.0), LEGACY_DR2)
+    arguments = {"img_size": size} if architecture.startswith("maxvit") else {}
+    found = GalaxyNetwork.for_contract(architecture, arguments, contract, NUMBER).eval()
+    with torch.inference_mode():
+        features = found.features(torch.zeros(2, 3, size, size))
+        assert features.shape == (2, found.dim)
+        assert found.predictions(features).shape == (2, 1)

@@ -6,9 +6,9 @@ import pyarrow.parquet as pq
 import pytest
 from astropy.table import MaskedColumn, Table
 
-from galembed import probes
 from galembed.errors import ArtifactMismatch, ArtifactNotFound, BadRequest, UnreadableInput
-from galembed.probes import apply_probe, evaluate_probe, fit_probe, load_probe, save_probe
+from galembed.linear import fit_logistic, softmax_layer
+from galembed.probes import Probe, apply_probe, evaluate_probe, fit_probe, load_probe, save_probe
 from tests.galembed.stores import CONTRACT, DIM, KINDS, make_store, rows
 
 
@@ -60,9 +60,9 @@ def test_probabilities_equal_sklearns(classes):
     rng = np.random.default_rng(0)
     truth = np.arange(90) % classes
     vectors = (rng.normal(size=(90, DIM)) + truth[:, None]).astype(np.float32)
-    model = probes._fit(vectors, truth, 0.5)
-    weights, intercept = probes._linear(model)
-    probe = probes.Probe("p", "c", "e", tuple("abc"[:classes]), weights, intercept, np.zeros(0, np.uint64))
+    model = fit_logistic(vectors, truth, 0.5)
+    weights, intercept = softmax_layer(model)
+    probe = Probe("p", "c", "e", tuple("abc"[:classes]), weights, intercept, np.zeros(0, np.uint64))
     np.testing.assert_allclose(probe.probabilities(vectors), model.predict_proba(vectors.astype(float)), atol=1e-6)
 
 
@@ -77,15 +77,6 @@ def test_same_seed_same_probe(store, labels, fitted):
     again, report = fit_probe(store, labels[::-1], "morphology")
     np.testing.assert_array_equal(again.weights, fitted[0].weights)
     assert report == fitted[1]
-
-
-def test_folds_keep_a_sky_cell_together():
-    rng = np.random.default_rng(0)
-    cells = rng.integers(0, 12 * 4**3, 400) << 2 * 26
-    folds, method = probes._folds(np.arange(400) % 2, cells, 5, 0)
-    assert "5-fold" in method
-    for train, test in folds:
-        assert not set(cells[train]) & set(cells[test])
 
 
 def test_without_positions_folds_are_random(tmp_path, labels):
@@ -236,3 +227,26 @@ def test_unreadable_labels_are_one_sentence(store, tmp_path):
     (tmp_path / "labels.fits").write_bytes(b"not a table")
     with pytest.raises(UnreadableInput, match="cannot be read as a table"):
         fit_probe(store, tmp_path / "labels.fits", "kind")
+
+
+def test_labels_are_matched_by_position_where_ids_are_another_surveys(store, data, labels, fitted):
+    offset = 0.3 / 3600
+    table = Table(
+        {"ra": data["ra"][:200], "dec": np.array(data["dec"][:200]) + offset, "morphology": data["kind"][:200]}
+    )
+    probe, report = fit_probe(store, table, "morphology", radius=1.0)
+    np.testing.assert_array_equal(probe.weights, fitted[0].weights)
+    assert report == fitted[1]
+    far = Table({"ra": data["ra"][:3], "dec": np.array(data["dec"][:3]) + 1, "morphology": ["smooth"] * 3})
+    with pytest.raises(BadRequest, match="none of the 3 labels lies within 1 arcsec of a source in the store"):
+        fit_probe(store, far, "morphology", radius=1.0)
+    with pytest.raises(BadRequest, match="by --id-column or by --radius, not by both"):
+        fit_probe(store, table, "morphology", radius=1.0, id_column="id")
+
+
+def test_labels_that_are_near_no_source_or_two_are_counted(store, data):
+    position = {"ra": [*data["ra"][:60], 0.0, *data["ra"][:1]], "dec": [*data["dec"][:60], 89.0, *data["dec"][:1]]}
+    other = next(kind for kind in KINDS if kind != data["kind"][0])
+    _, report = fit_probe(store, Table(position | {"kind": [*data["kind"][:60], "smooth", other]}), "kind", radius=1.0)
+    assert (report.count, report.unmatched, report.ambiguous) == (59, 1, 2)
+    assert "2 label(s) are near several sources, or labels that differ, and left out" in str(report)

@@ -20,17 +20,20 @@ from export.onnx import export_onnx
 from galembed.backbones import Backbone, FieldOfView, InputContract, load_backbone, save_backbone
 from galembed.cli import main
 from galembed.errors import BadRequest
+from galembed.linear import fit_logistic
 from galembed.mappings import LEGACY_DR2
 from galembed.network import GalaxyNetwork
 from galembed.runtimes import open_runtime
 from galembed.sources import SourceReader
 from tests.training.labelled import pictures
 from training.augment import Augmentation
+from training.data import Prepared
 from training.features import kept_features
-from training.finetune import RECIPE, apart, finetune, prediction_columns, recipe_with
-from training.fit import Fitted
-from training.linear import logistic
+from training.finetune import RECIPE, apart, finetune, part_of, prediction_columns, recipe_with
+from training.fit import Fitted, fit
+from training.linear import fit_number
 from training.targets import LabelledImages, open_labelled_images
+from training.trainer import Checkpoints, Interrupted
 
 SHORT = recipe_with(epochs=2, batch=8)
 
@@ -98,7 +101,7 @@ def test_a_linear_head_learns_classes_and_keeps_the_encoder(
     labelled = kinds(folder)
     report = finetune(tiny_backbone, labelled, tmp_path / "b")
     assert report.scores.balanced_accuracy.value > 0.9
-    assert report.method.startswith("5-fold cross-validation, folds by id")
+    assert report.method.startswith("5-fold cross-validation, folds at random")
     backbone = report.backbone
     assert backbone.embedding_id == tiny_backbone.embedding_id
     assert backbone.head_id != tiny_backbone.head_id
@@ -116,7 +119,7 @@ def test_the_saved_backbone_predicts_what_scikit_learn_predicts(
     labelled = kinds(folder)
     backbone = finetune(tiny_backbone, labelled, tmp_path / "b").backbone
     x = kept_features(tiny_backbone, labelled.images.reader, labelled.images.rows).features.astype(np.float64)
-    model = logistic(backbone.provenance["strength"], balance=True).fit(x, labelled.images.targets.argmax(axis=1))
+    model = fit_logistic(x, labelled.images.targets.argmax(axis=1), backbone.provenance["strength"])
     np.testing.assert_allclose(predicted(backbone, labelled), model.predict_proba(x), atol=1e-5)
 
 
@@ -187,14 +190,27 @@ def test_batch_norm_of_what_is_not_trained_stays(
     assert backbone.provenance["licence"] == "CC0"
 
 
-def test_end_to_end_starts_from_the_linear_head_and_centres_anew(
-    tiny_backbone: Backbone, folder: Path, tmp_path: Path
+def test_end_to_end_starts_from_a_linear_head_that_has_not_seen_who_ends_it_and_centres_anew(
+    tiny_backbone: Backbone, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     labelled = open_labelled_images(folder, column="radius")
+    sides: list[list[str]] = []
+
+    def spied(network: GalaxyNetwork, training: Prepared, validation: Prepared, *args: Any, **settings: Any) -> Fitted:
+        sides.extend(part.table["source_id"].to_pylist() for part in (training, validation))
+        return fit(network, training, validation, *args, **settings)
+
+    monkeypatch.setattr("training.finetune.fit", spied)
     still = recipe_with(epochs=1, batch=8, learning_rate=1e-12)
-    report = finetune(tiny_backbone, labelled, tmp_path / "b", mode="end-to-end", recipe=still)
-    assert report.linear_scores is not None
-    assert report.scores.rmse.value == pytest.approx(report.linear_scores.rmse.value, rel=1e-3)
+    held_out = np.arange(60) % 5 == 0
+    report = finetune(tiny_backbone, labelled, tmp_path / "b", mode="end-to-end", recipe=still, held_out=held_out)
+    ids = labelled.images.rows["source_id"].to_pylist()
+    assert sorted(sides[0] + sides[1]) == [name for name, out in zip(ids, held_out, strict=True) if not out]
+    rows = np.array([ids.index(name) for name in sides[0]])
+    x = kept_features(tiny_backbone, labelled.images.reader, labelled.images.rows).features
+    head = fit_number(x[rows], labelled.images.targets[rows, 0], groups=np.arange(len(rows)), seed=0)
+    expected = x @ head.weight.T + head.bias
+    np.testing.assert_allclose(predicted(report.backbone, labelled), expected, rtol=1e-3)
     images = labelled.images
     vectors = open_runtime(report.backbone, "torch").embed(
         cut(images.reader, images.rows, report.backbone.contract), "display"
@@ -261,7 +277,7 @@ def test_neighbours_on_the_sky_stay_in_one_fold(tmp_path: Path) -> None:
     ra = np.repeat(np.arange(1.3, 360, 6.0), 2) + np.tile([0.0, 0.001], 60)
     labelled = open_labelled_images(pictures(tmp_path / "p", 120, ra=ra, dec=np.zeros(120)), column="kind")
     groups, how = apart(labelled, np.random.default_rng(0).normal(size=(120, 4)).astype(np.float32), 5)
-    assert how == "folds grouped by sky cells of 0.92 deg"
+    assert how == "grouped by sky cells of 3.7 deg"
     assert (groups[::2] == groups[1::2]).all()
     assert len(np.unique(groups)) == 60
 
@@ -271,9 +287,101 @@ def test_the_same_picture_under_two_ids_is_on_one_side(tmp_path: Path) -> None:
     features = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
     features[7] = features[3]
     groups, how = apart(labelled, features, 5)
-    assert how.startswith("folds by id")
+    assert how.startswith("at random")
     assert groups[3] == groups[7]
     assert len(np.unique(groups)) == 19
+
+
+def test_a_class_of_two_is_tested_and_one_of_one_is_refused_by_name(
+    tiny_backbone: Backbone, folder: Path, tmp_path: Path
+) -> None:
+    kind = np.array(pq.read_table(folder)["kind"].to_pylist(), dtype="U9")
+    ids = [f"J{n:03d}" for n in range(60)]
+    kind[[4, 9]] = "odd"
+    labelled = open_labelled_images(folder, column="kind", labels=Table({"id": ids, "kind": kind}))
+    report = finetune(tiny_backbone, labelled, tmp_path / "b")
+    assert "2-fold cross-validation (as many as the rarest class has images, not 5)" in report.method
+    assert sum(report.scores.confusion[labelled.classes.index("odd")]) == 2
+    with pytest.raises(BadRequest, match=r"fewer than 2 labelled images of odd \(1\) can be read and lie apart"):
+        finetune(tiny_backbone, labelled.take(np.arange(60) != 4), tmp_path / "c")
+
+
+@pytest.mark.parametrize("members", [2, 3, 40])
+def test_a_part_takes_whole_groups_of_every_class_and_never_all_of_one(members: int) -> None:
+    classes = np.array([0] * 200 + [1] * members)
+    groups = np.concatenate([np.arange(200) // 4, 1000 + np.arange(members)])
+    parts = [part_of(groups, classes, 0.15, seed) for seed in (0, 0, 1)]
+    assert np.array_equal(parts[0], parts[1])
+    assert not np.array_equal(parts[0], parts[2])
+    for part in parts:
+        assert not set(groups[part]) & set(groups[~part])
+        assert part[classes == 0].sum() == 28  # whole groups of four in at most 30
+        assert part[classes == 1].sum() == max(1, round(0.15 * members))
+
+
+def test_a_class_in_one_group_is_not_held_out() -> None:
+    part = part_of(np.array([0, 1, 2, 3, 4, 9, 9]), np.array([0] * 5 + [1] * 2), 0.2, 0)
+    assert part.sum() == 1
+    assert not part[5:].any()
+
+
+def test_what_is_held_out_follows_from_the_seed_and_has_every_class(
+    tiny_backbone: Backbone, folder: Path, tmp_path: Path
+) -> None:
+    reports = [finetune(tiny_backbone, kinds(folder), tmp_path / str(seed), folds=0, seed=seed) for seed in (0, 1)]
+    for report in reports:
+        assert report.method.endswith("images held out, at random (too few positions or sky cells to group by)")
+        assert min(map(sum, report.scores.confusion)) >= 1
+    assert reports[0].backbone.head_id != reports[1].backbone.head_id
+
+
+def test_an_interrupted_call_goes_on_in_its_fold_and_gives_the_same_backbone(
+    tiny_backbone: Backbone, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def call(name: str, **settings: Any) -> Backbone:
+        recipe = replace(SHORT, epochs=settings.pop("epochs", 2))
+        labelled = kinds(folder)
+        return finetune(
+            tiny_backbone, labelled, tmp_path / name, mode="blocks", recipe=recipe, folds=2, **settings
+        ).backbone
+
+    def interrupted(checkpoints: Any, trainer: Any, *rest: Any) -> None:
+        if trainer.current_epoch == 0 and "part-1" in str(checkpoints._file):
+            checkpoints._asked = True
+        write_and_stop(checkpoints, trainer, *rest)
+
+    write_and_stop = Checkpoints.on_train_epoch_end
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "on_train_epoch_end", interrupted)
+        with pytest.raises(KeyboardInterrupt, match=r"^$"):
+            call("b")
+    assert (tmp_path / "b.training" / "part-1" / "last.ckpt").exists()
+    assert not (tmp_path / "b").exists()
+    with pytest.raises(BadRequest, match=r"recipe.epochs was 2, is 3; give the same, another --out, or --restart"):
+        call("b", epochs=3)
+    on, unbroken = call("b"), call("c")
+    assert (on.embedding_id, on.head_id) == (unbroken.embedding_id, unbroken.head_id)
+    with pytest.raises(BadRequest, match="already holds a backbone"):
+        call("b", epochs=3, restart=True)
+
+
+def test_restart_discards_what_an_interrupted_call_left(
+    tiny_backbone: Backbone, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(checkpoints: Any, trainer: Any, *_: Any) -> None:
+        trainer.save_checkpoint(checkpoints._file)
+        raise Interrupted
+
+    settings: dict[str, Any] = {"mode": "blocks", "folds": 0}
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "on_train_epoch_end", stop)
+        with pytest.raises(KeyboardInterrupt, match=r"^$"):
+            finetune(tiny_backbone, kinds(folder), tmp_path / "b", recipe=SHORT, **settings)
+    other = replace(SHORT, epochs=1)
+    again = finetune(tiny_backbone, kinds(folder), tmp_path / "b", recipe=other, restart=True, **settings).backbone
+    fresh = finetune(tiny_backbone, kinds(folder), tmp_path / "c", recipe=other, **settings).backbone
+    assert again.embedding_id == fresh.embedding_id
+    assert sorted(path.name for path in (tmp_path / "b.training").iterdir()) == ["part-0"]
 
 
 def test_an_interrupted_run_makes_no_backbone(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from training.scores import area_under_curve, calibration_error, measured, score_classes, score_numbers
+from training.scores import Measured, area_under_curve, calibration_error, measured, score_classes, score_numbers
 
 CLASSES = ("a", "b", "c")
 
@@ -76,3 +76,16 @@ def test_a_class_that_is_never_predicted_has_no_precision_and_still_makes_json()
     alone = score_classes(CLASSES, np.zeros(4, np.intp), chances, np.array([1.0, 0.0, 0.0]))
     assert math.isnan(alone.roc_auc)
     assert alone.macro_f1 == 1
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e10])
+def test_errors_keep_their_digits_whatever_the_unit(scale: float) -> None:
+    given = scale * np.array([1.0, 2.0, 3.0, 4.0])
+    text = str(score_numbers(given + 0.25 * scale, given, given.mean(), "Msun"))
+    assert f"**RMSE {0.25 * scale:.3g} [{0.25 * scale:.3g}, {0.25 * scale:.3g}] Msun** on 4 galaxies" in text
+    assert f"| bias Msun | {0.25 * scale:+.2g} | |" in text
+
+
+def test_a_measured_number_is_written_with_its_interval() -> None:
+    assert f"{Measured(0.123456, 0.1, 0.2)}" == str(Measured(0.123456, 0.1, 0.2)) == "0.123 [0.100, 0.200]"
+    assert f"{Measured(123456.0, 1e5, 2e5):.3g}" == "1.23e+05 [1e+05, 2e+05]"

@@ -158,3 +158,66 @@ def test_some_images_are_taken_by_rows_or_by_a_mask(folder: Path) -> None:
     by_mask, by_rows = labelled.take(mask), labelled.take(np.flatnonzero(mask))
     assert ids(by_mask) == ids(by_rows) == ids(labelled)[::2]
     np.testing.assert_array_equal(by_mask.images.targets, labelled.images.targets[::2])
+
+
+@pytest.fixture(scope="module")
+def placed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures one degree apart along the equator, the first at RA 0, and two at one place."""
+    ra, dec = np.arange(12.0), np.zeros(12)
+    ra[11] = 10.0 + 0.2 / 3600
+    return pictures(tmp_path_factory.mktemp("placed"), 12, ra=ra, dec=dec)
+
+
+def test_labels_are_matched_by_position_where_ids_are_another_surveys(placed: Path) -> None:
+    near = 0.5 / 3600
+    table = Table(
+        {
+            "RA": [3.0, 360 - near, 1.0, 5.0, 5.0, 10.0, 80.0, 7.0, 2.0],
+            "DEC": [near, 0.0, -near, 0.0, near, 0.0, 0.0, 0.0, 0.0],
+            "mass": [3.5, 0.5, 1.5, 5.5, 6.5, 10.5, 1.5, np.nan, 2.5],
+        }
+    )
+    labelled = open_labelled_images(placed, column="mass", labels=table, radius=1.0)
+    assert ids(labelled) == ["J000", "J001", "J002", "J003"]
+    np.testing.assert_allclose(labelled.images.targets[:, 0], [0.5, 1.5, 2.5, 3.5])
+    # 5.5 and 6.5 are of one image, 10.5 of two, 80 deg of none.
+    assert (labelled.unmatched, labelled.ambiguous, labelled.unlabelled) == (1, 3, 1)
+    assert "3 label(s) near several images, or others that differ" in str(labelled)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": None}, "--radius matches a table of --labels by position"),
+        ({"id_column": "id"}, "--radius matches a table of --labels by position: give that table, and no --id-column"),
+        ({"radius": 0.0}, "--radius is in arcsec, above 0 and at most 3600, got 0"),
+        ({"radius": 0.1}, "of 2 labels 0 are near several images .* within 0.1 arcsec of one image alone"),
+        ({"questions": "rings", "column": None}, "votes are read from a file, by ids in a column of its own"),
+    ],
+)
+def test_a_radius_that_cannot_be_used_is_said(placed: Path, change: dict[str, Any], message: str) -> None:
+    table = Table({"ra": [1.0, 2.0], "dec": [0.001, 0.001], "mass": [1.5, 2.5]})
+    with pytest.raises(BadRequest, match=message):
+        open_labelled_images(placed, **({"column": "mass", "labels": table, "radius": 1.0} | change))
+
+
+def test_a_radius_needs_images_with_positions(folder: Path) -> None:
+    table = Table({"ra": [1.0, 2.0], "dec": [0.0, 0.0], "mass": [1.5, 2.5]})
+    with pytest.raises(BadRequest, match=r"no image has a position in the source list; give one .* with --catalogue"):
+        open_labelled_images(folder, column="mass", labels=table, radius=1.0)
+
+
+@pytest.mark.parametrize("values", [["a", None, "b", "a", "b", ""], [1, None, 0, 1, 0, None], [True, None, False] * 2])
+def test_none_is_no_label(folder: Path, values: list[Any]) -> None:
+    table = Table({"id": [f"J{n:03d}" for n in range(6)]})
+    table["what"] = np.array(values, dtype=object)
+    labelled = open_labelled_images(folder, column="what", labels=table)
+    assert labelled.unlabelled == 2
+    assert labelled.task == "classification"
+
+
+def test_a_column_of_mixed_things_is_said(folder: Path) -> None:
+    table = Table({"id": [f"J{n:03d}" for n in range(4)]})
+    table["what"] = np.array(["a", 1, 2.5, "b"], dtype=object)
+    with pytest.raises(BadRequest, match="label column 'what' holds values of several kinds"):
+        open_labelled_images(folder, column="what", labels=table)

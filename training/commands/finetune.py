@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 
-@click.command()
+@click.command(epilog="Interrupted beyond the head, the same command goes on where it was.")
 @click.argument("backbone")
 @click.argument("source")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Backbone directory to make.")
@@ -29,8 +29,16 @@ import click
 @click.option("--catalogue", type=click.Path(path_type=Path), help="Sizes and positions of the images, by id.")
 @click.option("--crop", type=float, help="Centre fraction of images whose size is unknown [default: 0.5].")
 @click.option("--id-column", help="Column of --labels that holds the ids.")
-@click.option("--seed", default=0, show_default=True)
-@click.option("--workers", default=0, show_default=True, help="Processes that read images; 0 reads in this one.")
+@click.option("--radius", type=float, help="Match --labels by position instead, within so many arcsec.")
+@click.option("--restart", is_flag=True, help="Discard what an interrupted run left.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of folds and of training.")
+@click.option(
+    "--workers",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Processes that read images; 0 reads in this one.",
+)
 @click.option("--name", help="Name written into backbone.json.")
 def finetune(
     backbone: str,
@@ -52,6 +60,8 @@ def finetune(
     catalogue: Path | None,
     crop: float | None,
     id_column: str | None,
+    radius: float | None,
+    restart: bool,
     seed: int,
     workers: int,
     name: str | None,
@@ -70,6 +80,7 @@ def finetune(
         catalogue=catalogue,
         crop=crop,
         id_column=id_column,
+        radius=radius,
     )
     click.echo(str(labelled))
     report = run(
@@ -83,6 +94,7 @@ def finetune(
         balance=balance,
         seed=seed,
         workers=workers,
+        restart=restart,
         name=name,
     )
     click.echo(f"\n{report}")

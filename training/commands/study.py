@@ -11,6 +11,7 @@ import click
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _RECIPE = ("size", "epochs", "batch", "learning_rate", "patience", "precision")
+_COUNT = click.IntRange(1)
 _GOES_ON = "The same command goes on where it was stopped or killed, and does only what is missing."
 
 
@@ -28,7 +29,9 @@ def _recipe_options(epochs: int, epochs_help: str, batch: int, rate: float, pati
             "--patience", default=patience, show_default=True, help="End after N epochs without a better validation."
         ),
         click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True),
-        click.option("--workers", default=1, show_default=True, help="Processes that read images."),
+        click.option(
+            "--workers", default=1, show_default=True, type=click.IntRange(0), help="Processes that read images."
+        ),
     )
 
 
@@ -43,7 +46,7 @@ _scaling = _with(
         required=True,
         help="timm model names, by commas; timm:NAME or hf-hub:OWNER/NAME starts from published weights.",
     ),
-    click.option("--seeds", default=3, show_default=True, help="Trainings of each kind."),
+    click.option("--seeds", default=3, show_default=True, type=_COUNT, help="Trainings of each kind."),
     click.option("--votes", help="Vote table; SOURCE/votes.parquet unless given."),
     click.option("--catalogue", help="Sizes and positions of the images, by id."),
     click.option("--crop", type=float, help="Centre fraction of images whose size is unknown [default: 0.5]."),
@@ -65,8 +68,14 @@ _transfer = _with(
         help="scratch, builtin, a backbone, timm:NAME or hf-hub:OWNER/NAME; others are compared with the first.",
     ),
     click.option("--mode", "modes", multiple=True, type=click.Choice(["linear", "end-to-end"]), help="[default: both]"),
-    click.option("--folds", default=5, show_default=True, help="Parts, each predicted by what the others taught."),
-    click.option("--seeds", default=1, show_default=True, help="Each with folds of its own."),
+    click.option(
+        "--folds",
+        default=5,
+        show_default=True,
+        type=click.IntRange(2),
+        help="Parts, each predicted by what the others taught.",
+    ),
+    click.option("--seeds", default=1, show_default=True, type=_COUNT, help="Each with folds of its own."),
     click.option("--arch", "architecture", help="Of scratch [default: that of the first other start]."),
     _recipe_options(30, "Of end-to-end training, at most.", 32, 1e-4, 6),
 )
@@ -99,7 +108,7 @@ def data(source: str, out: Path, architectures: str, seeds: int, sizes: str, **s
 
 @study.command(epilog=_GOES_ON)
 @_scaling
-@click.option("--galaxies", "used", type=int, help="How many count as all [default: those there are].")
+@click.option("--galaxies", "used", type=_COUNT, help="How many count as all [default: those there are].")
 def size(source: str, out: Path, architectures: str, seeds: int, used: int | None, **settings: Any) -> None:
     """Measure how test loss falls with parameters, with all the galaxies and with a quarter of them."""
     from training.study.size import study_size

@@ -170,12 +170,12 @@ def report(found: Found, missing: Mapping[str, str], divisors: Sequence[int], ho
     ]
     counts = [
         f"{task}: {', '.join(f'{errors[d].labels:.0f}' for d in divisors if d in errors)}"
-        for task, errors in {task: errors for (task, _, _), errors in found.items()}.items()
+        for task, errors in {task: errors for (task, _, _), errors in found.items() if errors}.items()
     ]
     return "\n".join(
         [
-            f"1 - balanced accuracy over {how}, learnt from all labels of the training part and from one in 2, 4, ...; "
-            "intervals hold 68%, over galaxies and seeds.",
+            f"1 - balanced accuracy over {how}, learnt from one in so many labels of the training part; intervals "
+            "hold 68%, over galaxies and seeds.",
             "",
             markdown(["task", "mode", "init", *(f"1/{d}" if d > 1 else "all" for d in divisors)], rows),
             "",

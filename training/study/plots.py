@@ -104,7 +104,7 @@ def _log_axes(axes: Axes, panel: Panel, ticks: int) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     places = np.unique(np.concatenate([series.x for series in panel.series]))
-    axes.xaxis.set_major_locator(FixedLocator(list(places[:: math.ceil(len(places) / ticks)])))
+    axes.xaxis.set_major_locator(FixedLocator(list(places[:: max(1, math.ceil(len(places) / ticks))])))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))

@@ -21,7 +21,7 @@ from training.batches import FixedBatches
 from training.data import Prepared, open_prepared
 from training.fit import door, fit, new_network
 from training.loss import targets_nll
-from training.recipe import Recipe
+from training.recipe import Machine, Recipe
 from training.splits import SPLITS, Shares
 from training.study.fits import Estimate, Floats, curve_draws, estimate, resampled_means
 from training.study.grid import Cell, Outcome, run_grid
@@ -88,11 +88,14 @@ def open_galaxies(
         workers=workers,
     )
     training, validation, test = map(prepared.part, SPLITS)
-    return Galaxies(training, validation, test, tree, contract.size, _digest(prepared, contract))
+    digest = _digest(prepared, contract, named={"crop": crop, "catalogue": catalogue})
+    return Galaxies(training, validation, test, tree, contract.size, digest)
 
 
-def _digest(prepared: Prepared, contract: InputContract) -> str:
+def _digest(prepared: Prepared, contract: InputContract, *, named: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(contract.to_dict(), sort_keys=True).encode())
+    if any(value is not None for value in named.values()):  # else sizes and versions of the source's own files change
+        digest.update(f"{named['crop']} {prepared.table['size'].to_pylist()}".encode())
     for column in ("source_id", "source_version"):
         digest.update("\n".join(map(str, prepared.table[column].to_pylist())).encode())
     digest.update(np.ascontiguousarray(prepared.targets).tobytes())
@@ -180,7 +183,7 @@ def train_part(cell: Cell, work: Path, galaxies: Galaxies, recipe: Recipe) -> Ma
     rows = subset(galaxies.training.table["source_id"].to_pylist(), what["size"], what["seed"])
     network = new_network(recipe, contract, galaxies.tree, initial)
     training = galaxies.training.take(np.tile(rows, repeats))
-    fitted = fit(network, training, galaxies.validation, recipe, work)
+    fitted = fit(network, training, galaxies.validation, recipe, work, machine=Machine(quiet=True))
     if fitted.interrupted:
         raise KeyboardInterrupt
     losses = galaxy_losses(network.to(fitted.device), galaxies)
@@ -235,6 +238,9 @@ class Curve:
     question : str
         Or `ALL`.
     x : ndarray, shape (point,)
+        May repeat: two architectures can have as many parameters.
+    architectures : tuple of str
+        Of each point.
     values : ndarray, shape (seed, point)
     draws : ndarray, shape (RESAMPLES, point)
         Of the mean over seeds, for other seeds and other test galaxies.
@@ -245,6 +251,7 @@ class Curve:
     label: str
     question: str
     x: Floats
+    architectures: tuple[str, ...]
     values: Floats
     draws: Floats
     seed_draws: Floats
@@ -271,11 +278,12 @@ def curves(
         Given an outcome with a result, its place on the axis.
     """
     seeds = sorted({outcome.cell.parameters["seed"] for outcome in outcomes})
-    table: dict[str, dict[float, dict[int, Outcome]]] = {}
+    table: dict[str, dict[tuple[float, str], dict[int, Outcome]]] = {}
     for outcome in outcomes:
+        what = outcome.cell.parameters
         if outcome.result is not None:
-            points = table.setdefault(label(outcome.cell.parameters), {})
-            points.setdefault(x(outcome), {})[outcome.cell.parameters["seed"]] = outcome
+            points = table.setdefault(label(what), {})
+            points.setdefault((x(outcome), what["architecture"]), {})[what["seed"]] = outcome
     found = []
     for name, points in table.items():
         whole = sorted(at for at, by_seed in points.items() if len(by_seed) == len(seeds))
@@ -287,7 +295,8 @@ def curves(
             resampled = np.array([[result["resampled"][question] for result in row] for row in results])
             draws = curve_draws(values, resampled.swapaxes(1, 2))
             alone = curve_draws(values, np.repeat(values[:, None], draws.shape[0], axis=1))
-            found.append(Curve(name, question, np.array(whole, float), values, draws, alone))
+            places, architectures = zip(*whole, strict=True)
+            found.append(Curve(name, question, np.array(places, float), architectures, values, draws, alone))
     return found
 
 

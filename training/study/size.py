@@ -70,13 +70,8 @@ def study_size(
     most = galaxies_used or len(galaxies.training)
     outcomes = run_scaling(galaxies, recipe, architectures, [most // _SHARE, most], seeds, out, tell)
     found = curves(outcomes, lambda what: str(what["size"]), lambda outcome: (outcome.result or {})["parameters"])
-    names = {
-        (outcome.cell.parameters["size"], outcome.result["parameters"]): outcome.cell.parameters["architecture"]
-        for outcome in outcomes
-        if outcome.result
-    }
     laws = [power_law(curve.x, curve.values.mean(axis=0), curve.draws, floored=False) for curve in found]
-    write_parquet(table_rows(found, names), COLUMNS, out / "table.parquet")
+    write_parquet(table_rows(found), COLUMNS, out / "table.parquet")
     slopes = [
         {"galaxies": int(curve.label), "question": curve.question, "law": law.to_dict() if law else None}
         for curve, law in zip(found, laws, strict=True)
@@ -89,7 +84,7 @@ def study_size(
             f"over questions, mean over {len(galaxies.test)} test galaxies and {seeds} seed(s); intervals hold "
             "68%, over seeds.",
             "",
-            markdown(["galaxies", "architecture", "parameters", "loss"], _losses(found, names)),
+            markdown(["galaxies", "architecture", "parameters", "loss"], _losses(found)),
             "",
             "Slope c of loss = a P^-c for P parameters, below 0 where larger ones do worse; the interval is over seeds "
             "and test galaxies.",
@@ -104,28 +99,28 @@ def study_size(
     return text
 
 
-def _losses(found: Sequence[Curve], names: dict[tuple[int, int], str]) -> list[list[object]]:
+def _losses(found: Sequence[Curve]) -> list[list[object]]:
     return [
-        [curve.label, names[int(curve.label), int(parameters)], f"{int(parameters):,}", f"{point:.2f}"]
+        [curve.label, architecture, f"{int(parameters):,}", f"{point:.2f}"]
         for curve in found
         if curve.question == ALL
-        for parameters, point in zip(curve.x, curve.points, strict=True)
+        for architecture, parameters, point in zip(curve.architectures, curve.x, curve.points, strict=True)
     ]
 
 
-def table_rows(found: Sequence[Curve], names: dict[tuple[int, int], str]) -> list[dict[str, Any]]:
+def table_rows(found: Sequence[Curve]) -> list[dict[str, Any]]:
     """Return the rows of `COLUMNS`."""
     return [
         {
             "galaxies": int(curve.label),
-            "architecture": names[int(curve.label), int(parameters)],
+            "architecture": architecture,
             "parameters": int(parameters),
             "question": curve.question,
             "seeds": len(curve.values),
             **interval_cells("loss", point),
         }
         for curve in found
-        for parameters, point in zip(curve.x, curve.points, strict=True)
+        for architecture, parameters, point in zip(curve.architectures, curve.x, curve.points, strict=True)
     ]
 
 

@@ -16,18 +16,20 @@ from typing import Any, Final
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 
 from galembed.backbones import InputContract
 from galembed.errors import BadRequest, GalembedError, UnreadableInput
+from galembed.linear import Rows, make_folds
 from galembed.network import GalaxyNetwork
 from training.batches import FixedBatches
 from training.data import Prepared, prepare
 from training.features import encoder_features
-from training.finetune import STOPPING, apart
+from training.finetune import STOPPING, apart, part_of
 from training.fit import door, fit, new_network
 from training.initial import Initial
-from training.linear import class_weights, fit_head, make_folds
-from training.recipe import Recipe
+from training.linear import class_weights, fit_head
+from training.recipe import Machine, Recipe
 from training.splits import SPLITS, Split
 from training.study.fits import Estimate, Floats, curve_draws, estimate, poisson_weights
 from training.study.grid import Cell, Outcome
@@ -42,8 +44,6 @@ _LEAST_STEPS: Final = 8
 """Steps in an epoch: few labels are repeated to fill them, so that a run on few is not over after as few steps."""
 _FROM_SCRATCH: Final = 10.0
 """Factor on the learning rate where there are no weights to keep; there is then no decay over layers either."""
-
-Rows = NDArray[np.intp]
 
 
 @dataclass(frozen=True)
@@ -144,10 +144,11 @@ class Task:
 
     @cached_property
     def digest(self) -> str:
-        """Digest of ids, file versions and labels."""
-        rows = self.images.images.rows
-        digest = hashlib.sha256(json.dumps(self.images.classes).encode())
-        for column in ("source_id", "source_version"):
+        """Digest of ids, file versions, positions, sizes and labels, and of how pictures are cut."""
+        rows, reader = self.images.images.rows, self.images.images.reader
+        facts = [self.images.classes, reader.kind, reader.crop, reader.fov, reader.survey, sorted(reader.bands.items())]
+        digest = hashlib.sha256(json.dumps(facts).encode())
+        for column in ("source_id", "source_version", "ra", "dec", "size", "fov"):
             digest.update("\n".join(map(str, rows[column].to_pylist())).encode())
         digest.update(self.truth.astype("<i8").tobytes())
         return digest.hexdigest()[:16]
@@ -278,10 +279,8 @@ def cell_name(cell: Cell) -> str:
     return f"{what['task'][0]}, {what['start'][0]}, {what['mode']}{part}, seed {what['seed']}, fold {what['fold'] + 1}"
 
 
-def stratified_part(
-    classes: NDArray[np.intp], ids: NDArray[np.str_], share: float, seed: int, *, least: int = LEAST_MEMBERS
-) -> Rows:
-    """Return the places of a share of the rows, taken from every class alike, `least` of each at least.
+def stratified_part(classes: NDArray[np.intp], ids: NDArray[np.str_], share: float, seed: int) -> Rows:
+    """Return the places of a share of the rows, taken from every class alike, `LEAST_MEMBERS` of each at least.
 
     Rows are taken in order of the SHA-256 of seed and id, so a smaller part lies within a larger one.
     """
@@ -289,7 +288,7 @@ def stratified_part(
     kept: list[int] = []
     for one in np.unique(classes):
         members = sorted(np.flatnonzero(classes == one).tolist(), key=ranks.__getitem__)
-        kept += members[: max(least, round(share * len(members)))]
+        kept += members[: max(LEAST_MEMBERS, round(share * len(members)))]
     return np.array(sorted(kept), np.intp)
 
 
@@ -315,8 +314,8 @@ class Learner:
     def run(self, cell: Cell, work: Path) -> Mapping[str, Any]:
         """Learn a task on the training part and predict the fold that is left out.
 
-        ``linear`` is the head of `galembed finetune`; ``end-to-end`` begins with it and trains everything, ended by a
-        share of the training part (`training.finetune.STOPPING`).
+        ``linear`` is the head of `galembed finetune`; ``end-to-end`` begins with one and trains everything, ended by a
+        share of the training part that neither has seen (`training.finetune.STOPPING`).
 
         Returns
         -------
@@ -326,16 +325,24 @@ class Learner:
         """
         what = cell.parameters
         task, start, seed = self._tasks[what["task"][0]], self._starts[what["start"][0]], what["seed"]
-        features = self._features(task, start, seed)
-        groups, _ = apart(task.images, features, what["folds"])
-        train, test = _sides(task, np.flatnonzero(np.isfinite(features[:, 0])), groups, what)
+        features, places = self._features(task, start, seed)
+        readable = np.flatnonzero(np.isfinite(features[:, 0]))
+        groups = np.full(len(features), -1, np.int64)
+        groups[readable], _ = apart(task.images.placed(places).take(readable), features[readable], what["folds"], seed)
+        train, test = _sides(task, readable, groups, what)
+        stopping = np.zeros(len(train), bool)
+        if what["mode"] != MODES[0]:
+            stopping = part_of(groups[train], task.truth[train], STOPPING, seed)
+            if not stopping.any():
+                raise BadRequest(f"{task.name}: {len(train)} labels are too few to train on and to know when to stop")
+        fitted_to, stopped_by = train[~stopping], train[stopping]
         network = start.network(task, seed)
         head = fit_head(
             network,
-            features[train],
-            task.images.images.targets[train],
+            features[fitted_to],
+            task.images.images.targets[fitted_to],
             "classification",
-            groups=groups[train],
+            groups=groups[fitted_to],
             seed=seed,
         )
         network.load_state_dict({key: torch.from_numpy(value) for key, value in head.state().items()}, strict=False)
@@ -343,25 +350,33 @@ class Learner:
             with torch.inference_mode():
                 predicted = network.eval().predictions(torch.from_numpy(features[test])).argmax(dim=1)
         else:
-            predicted = self._trained(network, task, start, train, test, seed, work)
+            predicted = self._trained(network, task, start, (fitted_to, stopped_by, test), seed, work)
         return {"rows": test.tolist(), "predicted": predicted.tolist(), "labels": len(train)}
 
     def _trained(
-        self, network: GalaxyNetwork, task: Task, start: Start, train: Rows, test: Rows, seed: int, work: Path
+        self, network: GalaxyNetwork, task: Task, start: Start, sides: tuple[Rows, Rows, Rows], seed: int, work: Path
     ) -> torch.Tensor:
-        """Train all of a network, in place, and return the likeliest class of each test row."""
+        """Train all of a network, in place, on the first rows, ended by the second; return classes of the third."""
+        fitted_to, stopped_by, test = sides
         prepared = self._prepared(task, start)
         place = {name: i for i, name in enumerate(prepared.table["source_id"].to_pylist())}
-        at = np.array([place[name] for name in task.ids])
-        stopping = np.isin(train, train[stratified_part(task.truth[train], task.ids[train], STOPPING, seed, least=1)])
-        fitted_to, stopped_by = train[~stopping], train[stopping]
+        at = np.array([place.get(name, -1) for name in task.ids])  # -1: cannot be read, and on no side
+        if (at[np.concatenate(sides)] < 0).any():
+            raise UnreadableInput(f"{task.name}: pictures could be read before and cannot now; give another --out")
         repeats = -(-_LEAST_STEPS * start.recipe.batch // len(fitted_to))
         weights = np.ones(len(prepared), np.float32)
         for rows in (fitted_to, stopped_by):
             weights[at[rows]] = class_weights(task.truth[rows])
         weighted = replace(prepared, weights=weights)
         training = replace(weighted, exact=None).take(at[np.tile(fitted_to, repeats)])
-        fitted = fit(network, training, weighted.take(at[stopped_by]), replace(start.recipe, seed=seed), work)
+        fitted = fit(
+            network,
+            training,
+            weighted.take(at[stopped_by]),
+            replace(start.recipe, seed=seed),
+            work,
+            machine=Machine(quiet=True),
+        )
         if fitted.interrupted:
             raise KeyboardInterrupt
         network.to(fitted.device)
@@ -387,10 +402,10 @@ class Learner:
             self._pictures = {file: prepared}
         return self._pictures[file]
 
-    def _features(self, task: Task, start: Start, seed: int) -> NDArray[np.float32]:
-        """Return the features of all rows (row, dim), NaN where a picture cannot be read."""
+    def _features(self, task: Task, start: Start, seed: int) -> tuple[NDArray[np.float32], Floats]:
+        """Return the features of all rows (row, dim), NaN where a picture cannot be read, and places (row, 2), deg."""
         key = f"{task.digest}-{start.digest}" + ("" if start.initial else f"-{seed}")
-        file = self._out / "features" / f"{key}.npy"
+        file = self._out / "features" / f"{key}.safetensors"
         if not file.exists():
             images = task.images.images
             network = start.network(task, seed)
@@ -400,10 +415,11 @@ class Learner:
             if len(found.unreadable) == len(found.features):
                 raise UnreadableInput(f"{task.name}: no picture can be read, the first for {found.unreadable[0]}")
             file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_name(f".{os.getpid()}.npy")
-            np.save(partial, found.features)
+            partial = file.with_name(f".{os.getpid()}.partial")
+            save_file({"features": found.features, "places": found.places}, partial)
             partial.replace(file)
-        return np.asarray(np.load(file))
+        kept = load_file(file)
+        return kept["features"], kept["places"]
 
 
 def _sides(task: Task, readable: Rows, groups: NDArray[np.int64], what: Mapping[str, Any]) -> tuple[Rows, Rows]:

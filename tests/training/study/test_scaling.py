@@ -155,6 +155,34 @@ def test_the_study_of_size_compares_all_galaxies_with_a_quarter(
     assert (tmp_path / "plot.png").stat().st_size > 5000
 
 
+def test_architectures_with_as_many_parameters_are_two_points(
+    galaxies: Galaxies, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def twin(cell: Cell, work: Path, galaxies: Galaxies, recipe: Recipe) -> Mapping[str, Any]:
+        found = law_of(cell, work, galaxies, recipe)
+        return found | {"parameters": 1000}
+
+    monkeypatch.setattr(scaling, "train_part", twin)
+    text = study_size(galaxies, RECIPE, tmp_path, architectures=["test_convnext", "test_resnet"], seeds=2, tell=len)
+    assert "| 120 | test_convnext | 1,000 |" in text
+    assert "| 120 | test_resnet | 1,000 |" in text
+    table = pq.read_table(tmp_path / "table.parquet").to_pylist()
+    losses = {(row["galaxies"], row["architecture"]): row["loss"] for row in table if row["question"] == ALL}
+    assert losses[120, "test_resnet"] == pytest.approx(2**-0.1 * losses[120, "test_convnext"])
+
+
+def test_another_crop_is_another_set_of_galaxies(galaxies: Galaxies) -> None:
+    _, contract = RECIPE.settled()
+    crops = (None, 0.5, 0.6)
+    digests = {scaling._digest(galaxies.test, contract, named={"crop": crop, "catalogue": None}) for crop in crops}
+    assert len(digests) == 3
+
+
+def test_a_cell_draws_no_progress_bar(galaxies: Galaxies, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    train_part(scaling_cells(galaxies, RECIPE, ["test_convnext"], [16], seeds=1)[0], tmp_path, galaxies, RECIPE)
+    assert "Epoch" not in "".join(capfd.readouterr())
+
+
 def test_one_architecture_is_no_study_of_size(galaxies: Galaxies, tmp_path: Path) -> None:
     with pytest.raises(BadRequest, match="two architectures or more, got test_convnext"):
         study_size(galaxies, RECIPE, tmp_path, architectures=["test_convnext"], seeds=1, tell=len)
@@ -163,7 +191,9 @@ def test_one_architecture_is_no_study_of_size(galaxies: Galaxies, tmp_path: Path
 def test_a_point_that_lacks_a_seed_is_left_out_of_the_curve() -> None:
     def outcome(size: int, seed: int, *, there: bool = True) -> Outcome:
         result = {"loss": {ALL: 1.0}, "resampled": {ALL: [1.0] * RESAMPLES}}
-        return Outcome(Cell({"size": size, "seed": seed}), result if there else None, "" if there else "lost")
+        return Outcome(
+            Cell({"architecture": "a", "size": size, "seed": seed}), result if there else None, "" if there else "lost"
+        )
 
     outcomes = [outcome(10, 0), outcome(10, 1), outcome(20, 0), outcome(20, 1, there=False)]
     (curve,) = curves(outcomes, lambda what: "a", lambda found: found.cell.parameters["size"])
@@ -173,7 +203,7 @@ def test_a_point_that_lacks_a_seed_is_left_out_of_the_curve() -> None:
 def test_the_interval_of_a_point_is_over_seeds() -> None:
     outcomes = [
         Outcome(
-            Cell({"size": size, "seed": seed}),
+            Cell({"architecture": "a", "size": size, "seed": seed}),
             {"loss": {ALL: 5.0 + 0.1 * seed}, "resampled": {ALL: np.linspace(0, 10, RESAMPLES).tolist()}},
         )
         for size in (10, 20)

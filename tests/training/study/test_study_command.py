@@ -97,3 +97,11 @@ def test_the_command_says_which_sizes_there_could_be(survey: Path, tmp_path: Pat
     )
     assert result.exit_code == 1
     assert "sizes must lie between the batch of 64 and the" in result.output
+
+
+@pytest.mark.parametrize("option", [("--seeds", "0"), ("--folds", "1"), ("--workers", "-1")])
+def test_counts_that_make_no_study_are_refused_before_anything_is_read(option: tuple[str, str], tmp_path: Path) -> None:
+    command = ["study", "labels", "--out", str(tmp_path), "--task", "a=b:c", "--init", "scratch", *option]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 2
+    assert f"Invalid value for '{option[0]}'" in result.output

@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
 from galembed.errors import BadRequest
+from galembed.network import GalaxyNetwork
+from training.data import Prepared
 from training.finetune import RECIPE
+from training.fit import Fitted, fit
+from training.linear import LinearHead, fit_head
 from training.study.downstream import study_downstream
 from training.study.fits import RESAMPLES
 from training.study.grid import Cell, Outcome
@@ -137,19 +142,65 @@ def test_a_cell_learns_and_can_be_repeated(mode: str, task: Task, starts: list[S
     assert result == learner.run(cell, tmp_path / "again")
 
 
-def test_training_end_to_end_leaves_the_head_that_it_began_with(
-    task: Task, starts: list[Start], tmp_path: Path
+def test_end_to_end_begins_with_a_head_that_has_not_seen_who_ends_the_training(
+    task: Task, starts: list[Start], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # At a rate of nothing, training everything predicts what the linear head does.
+    """At a rate of nothing, training everything predicts what a linear head on fewer labels does."""
     still = replace(starts[0], recipe=replace(starts[0].recipe, learning_rate=1e-12))
     learner = Learner([task], [still], tmp_path, 0)
-    linear, whole = (
-        learner.run(task_cell(task, still, mode, seed=0, fold=0, folds=3), tmp_path / mode)
-        for mode in ("linear", "end-to-end")
+    fitted: list[np.ndarray] = []
+    sides: list[Prepared] = []
+
+    def spied_head(network: GalaxyNetwork, features: np.ndarray, *rest: Any, **settings: Any) -> LinearHead:
+        fitted.append(features)
+        return fit_head(network, features, *rest, **settings)
+
+    def spied_fit(network: GalaxyNetwork, training: Prepared, validation: Prepared, *rest: Any, **how: Any) -> Fitted:
+        sides.extend((training, validation))
+        return fit(network, training, validation, *rest, **how)
+
+    monkeypatch.setattr("training.study.transfer.fit_head", spied_head)
+    monkeypatch.setattr("training.study.transfer.fit", spied_fit)
+    whole = learner.run(task_cell(task, still, "end-to-end", seed=0, fold=0, folds=3), tmp_path / "work")
+    names = [set(side.table["source_id"].to_pylist()) for side in sides]
+    assert len(names[0]) == len(fitted[0]) == 34
+    assert len(names[1]) == 6  # a seventh of each of three classes
+    assert not names[0] & names[1]
+    assert not (names[0] | names[1]) & set(task.ids[whole["rows"]])
+    chosen = np.isin(task.ids, list(names[0]))
+    features, _ = learner._features(task, still, 0)
+    network = still.network(task, 0)
+    head = fit_head(
+        network, features[chosen], task.images.images.targets[chosen], "classification", groups=np.arange(34)
     )
-    assert dict(zip(linear["rows"], linear["predicted"], strict=True)) == dict(
-        zip(whole["rows"], whole["predicted"], strict=True)
-    )
+    expected = (features[whole["rows"]] @ head.weight.T + head.bias).argmax(axis=1)
+    assert whole["predicted"] == expected.tolist()
+
+
+def test_a_picture_that_cannot_be_read_is_left_out_of_all_parts(
+    pictures: Path, starts: list[Start], tmp_path: Path
+) -> None:
+    table = pq.read_table(pictures).to_pydict()
+    table["image"][7] = b"not a picture"
+    pq.write_table(pa.table(table), tmp_path / "pictures.parquet")
+    damaged = open_task(TaskSource("colours", str(tmp_path / "pictures.parquet"), "colour", crop=1.0))
+    learner = Learner([damaged], starts, tmp_path, 0)
+    results = [
+        learner.run(task_cell(damaged, starts[0], "end-to-end", 0, fold, 3), tmp_path / f"{fold}") for fold in range(3)
+    ]
+    assert sorted(row for result in results for row in result["rows"]) == [row for row in range(60) if row != 7]
+
+
+def test_another_crop_or_other_positions_are_another_task(task: Task, pictures: Path) -> None:
+    wider = open_task(TaskSource("colours", str(pictures), "colour", crop=0.9))
+    elsewhere = Task(task.name, task.images.placed(np.stack([np.arange(60.0), np.zeros(60)], axis=1)))
+    assert len({task.digest, wider.digest, elsewhere.digest}) == 3
+
+
+def test_a_study_of_which_no_cell_can_be_run_says_so(task: Task, starts: list[Start], tmp_path: Path) -> None:
+    for study, settings in ((study_labels, {"divisors": (1, 2)}), (study_downstream, {})):
+        text = study([task], starts, {}, tmp_path, modes=["linear"], folds=21, seeds=1, workers=0, tell=len, **settings)
+        assert "has a class too small for 21 folds" in text
 
 
 def test_a_class_too_small_for_the_folds_is_said(task: Task, starts: list[Start], tmp_path: Path) -> None:

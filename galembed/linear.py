@@ -1,0 +1,202 @@
+"""Linear classifiers, and folds that neither neighbours on the sky nor copies of one image are divided by."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from galembed.errors import BadRequest
+from galembed.sky import HEALPIX_ORDER, healpix_index
+
+CHOICE_FOLDS: Final = 3
+"""Of the cross-validation that chooses how strongly coefficients are held back."""
+
+_CELL_ORDERS: Final = range(3, 13)  # 7.3 deg to 52 arcsec
+_GROUPS_PER_FOLD: Final = 10
+_FEW_ROWS: Final = 20_000
+
+Rows = NDArray[np.intp]
+Folds = list[tuple[Rows, Rows]]
+
+
+def sky_cells(ra: ArrayLike, dec: ArrayLike) -> NDArray[np.int64]:
+    """Return HEALPix indices of order 29 (nested), negative and unique where there is no position.
+
+    Parameters
+    ----------
+    ra, dec : array_like, shape (row,)
+        ICRS, deg; NaN = no position.
+    """
+    ra, dec = np.asarray(ra, np.float64), np.asarray(dec, np.float64)
+    cells = -1 - np.arange(len(ra), dtype=np.int64)
+    known = np.isfinite(ra) & np.isfinite(dec)
+    if known.any():
+        cells[known] = healpix_index(ra[known], dec[known])
+    return cells
+
+
+def equal_rows(features: NDArray[Any]) -> NDArray[np.int64]:
+    """Return the number of the first row that is the same, shape (row,): copies of one image have equal features."""
+    first: dict[bytes, int] = {}
+    return np.array([first.setdefault(row.tobytes(), number) for number, row in enumerate(features)], np.int64)
+
+
+def apart(
+    cells: NDArray[np.int64],
+    together: NDArray[np.int64],
+    count: int,
+    seed: int = 0,
+    classes: NDArray[np.intp] | None = None,
+) -> tuple[NDArray[np.int64], str]:
+    """Return the group of each row that folds must not divide, shape (row,), and how rows are grouped.
+
+    Neighbours on the sky share seeing, depth and calibration, which a random division would reward. The groups are the
+    coarsest cells of which there are ten to a fold, and that can be divided so that every training part has every
+    class. Where there are none, or fewer than half of the rows have a position, only `together` counts.
+
+    Parameters
+    ----------
+    cells : ndarray, shape (row,), int64
+        See `sky_cells`.
+    together : ndarray, shape (row,), int64
+        Rows of one number are one image, or one place, and always in one group.
+    count, seed, classes
+        See `make_folds`.
+    """
+    for order in _CELL_ORDERS if (cells >= 0).mean() > 0.5 else ():
+        groups = _joined(np.where(cells >= 0, cells >> 2 * (HEALPIX_ORDER - order), cells), together)
+        if len(np.unique(groups)) < _GROUPS_PER_FOLD * count:
+            continue
+        try:
+            make_folds(groups, count, seed, classes)
+        except BadRequest:
+            continue
+        return groups, f"grouped by sky cells of {58.6 / 2**order:.2g} deg"
+    return together, "at random (too few positions or sky cells to group by)"
+
+
+def _joined(cells: NDArray[np.int64], together: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return groups of rows linked by a cell or by `together`, through any number of rows."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    _, cell = np.unique(cells, return_inverse=True)
+    _, other = np.unique(together, return_inverse=True)
+    size = int(cell.max()) + int(other.max()) + 2
+    links = coo_array((np.ones(len(cell), bool), (cell, cell.max() + 1 + other)), shape=(size, size))
+    return np.asarray(connected_components(links, directed=False)[1][cell], np.int64)
+
+
+def make_folds(groups: NDArray[np.int64], count: int, seed: int, classes: NDArray[np.intp] | None = None) -> Folds:
+    """Return (train, test) rows for cross-validation; a group is never on both sides.
+
+    Parameters
+    ----------
+    groups : ndarray, shape (row,), int
+    count : int
+        Folds; fewer where there are fewer groups, or a class has fewer members.
+    seed : int
+    classes : ndarray, shape (row,), int, optional
+        Spread evenly over the folds.
+
+    Raises
+    ------
+    BadRequest
+        If the rows cannot be split so that each training part has every class.
+    """
+    from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold
+
+    single = len(np.unique(groups)) == len(groups)
+    count = min(count, len(np.unique(groups)))
+    if classes is not None:
+        count = min([count, *np.unique(classes, return_counts=True)[1].tolist()])
+    if count < 2:
+        raise BadRequest(
+            f"{len(groups)} labelled sources cannot be split in two parts that are apart and have every class; "
+            "label more"
+        )
+    kind = (GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold)[2 * (classes is not None) + single]
+    splitter = kind(count, shuffle=True, random_state=seed)
+    folds: Folds = list(splitter.split(np.zeros(len(groups)), classes, None if single else groups))
+    if not all(len(test) and (classes is None or _has_every(classes, train)) for train, test in folds):
+        raise BadRequest(
+            "all labelled sources of one class are in one place or copies of one image, and cannot be both learnt from "
+            "and tested on; label others"
+        )
+    return folds
+
+
+def _has_every(classes: NDArray[np.intp], rows: Rows) -> bool:
+    return len(np.unique(classes[rows])) == len(np.unique(classes))
+
+
+def choice_folds(groups: NDArray[np.int64], seed: int, classes: NDArray[np.intp] | None = None) -> Folds:
+    """Return `CHOICE_FOLDS` folds for a choice among fits, where few labels are no reason to fail.
+
+    A class that lies in one group is learnt from in every fold and tested in none.
+
+    Parameters
+    ----------
+    groups, seed, classes
+        See `make_folds`.
+
+    Returns
+    -------
+    list
+        As of `make_folds`; empty where nothing can be left out.
+    """
+    divided = np.ones(len(groups), bool)
+    if classes is not None:
+        divided = np.isin(classes, [one for one in np.unique(classes) if len(np.unique(groups[classes == one])) > 1])
+    inside, outside = np.flatnonzero(divided), np.flatnonzero(~divided)
+    try:
+        folds = make_folds(groups[inside], CHOICE_FOLDS, seed, None if classes is None else classes[inside])
+    except BadRequest:
+        return []
+    return [(np.sort(np.concatenate([inside[train], outside])), inside[test]) for train, test in folds]
+
+
+def fit_logistic(features: NDArray[Any], classes: NDArray[np.intp], strength: float, *, balance: bool = True) -> Any:
+    """Fit scikit-learn's logistic regression to standardised features.
+
+    Parameters
+    ----------
+    features : ndarray, shape (row, dim)
+    classes : ndarray, shape (row,), int
+    strength : float
+        scikit-learn's C: the smaller, the more are coefficients held back.
+    balance : bool
+        Weigh classes equally, whatever their numbers.
+
+    Returns
+    -------
+    sklearn.pipeline.Pipeline
+        Of a `StandardScaler` and a `LogisticRegression`.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    weights = "balanced" if balance else None
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, class_weight=weights, max_iter=5000))
+    with threads_for(len(features)):
+        return model.fit(features.astype(np.float64), classes)
+
+
+def threads_for(rows: int) -> Any:
+    """Return a context that keeps BLAS to one thread where a fit has few rows: waiting would cost more than the fit."""
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(1 if rows < _FEW_ROWS else None)
+
+
+def softmax_layer(model: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return weights (class, dim) and intercepts (class,) of what `fit_logistic` gives, the scaling folded in."""
+    scaler, classifier = (step for _, step in model.steps)
+    weights = classifier.coef_ / scaler.scale_
+    intercepts = classifier.intercept_ - weights @ scaler.mean_
+    if len(weights) == 1:  # Two classes have one logistic function; a softmax against 0 is the same.
+        weights, intercepts = np.vstack([0 * weights, weights]), np.append(0.0, intercepts)
+    return np.ascontiguousarray(weights), np.ascontiguousarray(intercepts)
