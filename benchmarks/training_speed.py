@@ -4,8 +4,8 @@
 
 Simulates galaxies with votes, draws them as JPEGs of 424 px, and trains one architecture with random weights on them:
 
-- ours: `training.data.open_prepared` and `training.fit.fit`, what `galembed train` runs, with its default recipe, and
-  with the settings given by --ours;
+- ours: `training.data.images.open_prepared` and `training.fit.fit`, what `galembed train` runs, with its default
+  recipe, and with the settings given by --ours;
 - Zoobot: `FinetuneableZoobotTree`, `CatalogDataModule` and `get_trainer` with their defaults (zoobot_training.py), and
   the same with bf16.
 
@@ -114,7 +114,7 @@ def recipe_of(options: argparse.Namespace, settings: Mapping[str, Any]) -> tuple
 def prepared_data(options: argparse.Namespace, recipe: Any, folder: Path) -> tuple[Any, Any, Any]:
     """Return the settled recipe, a network with random weights, and the images read."""
     from galembed.questions import question_tree
-    from training.data import open_prepared
+    from training.data.images import open_prepared
     from training.fit import new_network
 
     recipe, contract = recipe.settled()
@@ -134,7 +134,7 @@ def prepared_data(options: argparse.Namespace, recipe: Any, folder: Path) -> tup
 def time_steps(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from training.batches import Position, TrainingBatches
+    from training.data.batches import Position, TrainingBatches
     from training.fit import door
     from training.trainer import VoteTrainer
 

@@ -71,8 +71,8 @@ ONE_ROOM = {
     "torch": ("galembed/network.py", "galembed/runtimes/torch.py", "training/", "export/"),
     "timm": (
         "galembed/network.py",
-        "training/hub.py",
-        "training/initial.py",
+        "training/weights/hub.py",
+        "training/weights/initial.py",
         "training/recipe.py",
         "training/trainer.py",
     ),

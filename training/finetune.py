@@ -26,16 +26,16 @@ from galembed.network import GalaxyNetwork
 from galembed.questions import QuestionTree
 from galembed.schemas import fraction_column, value_column
 from training.augment import Augmentation
-from training.data import Prepared, prepare
-from training.features import encoder_features, kept_features
+from training.data.features import encoder_features, kept_features
+from training.data.images import Prepared, prepare
+from training.data.splits import Split, close_pairs, equal_pairs, group_of
+from training.data.targets import LEAST_MEMBERS, LabelledImages
 from training.fit import CHECKPOINT, RECORD, fit, mean_features
 from training.linear import Floats, LinearHead, class_weights, fit_head, target_scale, value_answers
 from training.recipe import Machine, Recipe
-from training.scores import ClassScores, NumberScores, VoteScores, score_classes, score_numbers
-from training.splits import Split, close_pairs, equal_pairs, group_of
-from training.targets import LEAST_MEMBERS, LabelledImages
+from training.scores.labels import ClassScores, NumberScores, VoteScores, score_classes, score_numbers
+from training.scores.votes import score
 from training.trainer import BEST
-from training.vote_scores import score
 
 logger = logging.getLogger(__name__)
 
@@ -143,14 +143,14 @@ def finetune(
     is a question of kind ``value``. So the new backbone is one like any other to `embed`, `export` and `probe`.
 
     ``linear`` leaves the encoder as it is, in eval mode, so `embedding_id` stays; features are computed once and kept
-    (`training.features`). ``blocks`` and ``end-to-end`` begin with that linear head, train the encoder's last blocks or
-    all of it, and make a backbone of another `embedding_id`, with a centring mean of its own.
+    (`training.data.features`). ``blocks`` and ``end-to-end`` begin with that linear head, train the encoder's last
+    blocks or all of it, and make a backbone of another `embedding_id`, with a centring mean of its own.
 
     Parameters
     ----------
     backbone : Backbone, str or Path
     labelled : LabelledImages
-        From `training.targets.open_labelled_images`.
+        From `training.data.targets.open_labelled_images`.
     out : Path
         Backbone directory to make. Logs and checkpoints of training beyond the head go to `out` + ``.training``; the
         same call goes on from them.

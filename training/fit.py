@@ -32,14 +32,13 @@ from galembed.backbones import InputContract, save_backbone
 from galembed.errors import BadRequest, GalembedError
 from galembed.network import GalaxyNetwork
 from galembed.questions import QuestionTree, question_tree
-from training.batches import FixedBatches, TrainingBatches
-from training.data import MAX_UNREADABLE, Prepared, open_prepared
-from training.initial import Initial
+from training.data.batches import FixedBatches, TrainingBatches
+from training.data.images import MAX_UNREADABLE, Prepared, open_prepared
+from training.data.reading import FULL
+from training.data.splits import SHARES, Shares
 from training.loss import targets_nll
-from training.reading import FULL
 from training.recipe import PRECISIONS, Machine, Recipe
 from training.report import Fitted, TrainingReport, question_scores
-from training.splits import SHARES, Shares
 from training.trainer import (
     BEST,
     AtomicFiles,
@@ -50,6 +49,7 @@ from training.trainer import (
     curve_loggers,
     progress_bar,
 )
+from training.weights.initial import Initial
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def train(
     Parameters
     ----------
     source, votes, catalogue, crop, split_column, shares, max_unreadable
-        See `training.data.open_prepared`.
+        See `training.data.images.open_prepared`.
     out : Path
         Backbone directory to make. Logs and checkpoints go to `out` + ``.training``.
     recipe : Recipe
@@ -298,7 +298,7 @@ def fit(
         With a question head. Ends on the CPU, in evaluation mode, with the weights that count: the average over steps,
         at the best epoch where the recipe has patience.
     training, validation : Prepared
-        With images `training.data.MARGIN` times as large as the recipe's. Their weights multiply the loss.
+        With images `training.data.images.MARGIN` times as large as the recipe's. Their weights multiply the loss.
     recipe : Recipe
         With its size.
     folder : Path

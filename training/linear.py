@@ -95,7 +95,7 @@ def fit_head(
     features : ndarray, shape (row, dim), float32
         As `GalaxyNetwork.features` returns them, encoder in eval mode.
     targets : ndarray, shape (row, answer), float32
-        As in `training.targets.LabelledImages`.
+        As in `training.data.targets.LabelledImages`.
     task : str
         ``classification``, ``regression`` or ``votes``.
     groups : ndarray, shape (row,), int

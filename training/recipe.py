@@ -12,7 +12,7 @@ from galembed.backbones import FieldOfView, InputContract
 from galembed.errors import BadRequest
 from galembed.mappings import LEGACY_DR2, named_mapping
 from training.augment import Augmentation
-from training.initial import Initial, initial_weights
+from training.weights.initial import Initial, initial_weights
 
 PRECISIONS: Final = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 """Names of `Recipe.precision`, and Lightning's."""
@@ -40,7 +40,7 @@ class Recipe:
     architecture_args : mapping
         For `timm.create_model`, beside those that the size asks for.
     init : str
-        Weights to start from, as `training.initial.initial_weights` reads them; empty = random ones.
+        Weights to start from, as `training.weights.initial.initial_weights` reads them; empty = random ones.
     size : int, optional
         Pixels on a side; 96.
     radii : float, optional

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from galembed.backbones import Backbone
 from galembed.questions import QuestionTree
-from training.metrics import enough_votes, fraction_rmse, mean_fractions, value_errors
+from training.scores.metrics import enough_votes, fraction_rmse, mean_fractions, value_errors
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class QuestionScore:
     nll : float
         Mean negative log-likelihood over them, nat; NaN without any, as what follows.
     compared : int
-        Of them, those with enough votes for the next two (`training.metrics.LEAST_VOTES`).
+        Of them, those with enough votes for the next two (`training.scores.metrics.LEAST_VOTES`).
     rmse : float
         Of predicted vote fractions against counted ones; of a number, in its unit.
     constant_rmse : float
@@ -140,7 +140,7 @@ def question_scores(
     losses : ndarray, shape (n, question)
         As `training.loss.targets_nll` gives them.
     predicted, targets : ndarray, shape (n, answer)
-        As `GalaxyNetwork.predictions` gives them, and as `training.data.Prepared.targets` holds them.
+        As `GalaxyNetwork.predictions` gives them, and as `training.data.images.Prepared.targets` holds them.
     trained_on : ndarray, shape (m, answer)
         Targets of the training images.
     """

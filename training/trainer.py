@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from galembed.errors import BadRequest
 from galembed.network import GalaxyNetwork
-from training.batches import Batch, Position, TrainingBatches
+from training.data.batches import Batch, Position, TrainingBatches
 from training.loss import targets_nll
 from training.recipe import Recipe
 

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from galembed.questions import QuestionTree, question_tree
-from training.data import Prepared
+from training.data.images import Prepared
 
 SIZE = 32
 

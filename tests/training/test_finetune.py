@@ -27,12 +27,12 @@ from galembed.runtimes import open_runtime
 from galembed.sources import SourceReader
 from tests.training.labelled import pictures
 from training.augment import Augmentation
-from training.data import Prepared
-from training.features import kept_features
+from training.data.features import kept_features
+from training.data.images import Prepared
+from training.data.targets import LabelledImages, open_labelled_images
 from training.finetune import RECIPE, apart, finetune, part_of, prediction_columns, recipe_with
 from training.fit import Fitted, fit
 from training.linear import fit_number
-from training.targets import LabelledImages, open_labelled_images
 from training.trainer import Checkpoints, Interrupted
 
 SHORT = recipe_with(epochs=2, batch=8)

@@ -18,14 +18,14 @@ from galembed.errors import ArtifactNotFound, BadRequest, SchemaMismatch, Unread
 from galembed.questions import Question, QuestionTree, question_tree
 from galembed.runtimes import open_runtime
 from training.commands.train import train as command
-from training.data import open_voted_images
+from training.data.images import open_voted_images
+from training.data.splits import Shares
+from training.data.votes import read_votes
 from training.fit import alone_in, train
 from training.recipe import Machine, Recipe
 from training.report import question_scores
 from training.simulation import simulate_survey
-from training.splits import Shares
 from training.trainer import VoteTrainer
-from training.votes import read_votes
 
 RECIPE = Recipe(architecture="test_convnext", size=32, epochs=2, batch=8)
 

@@ -20,8 +20,8 @@ from galembed.errors import BadRequest
 from galembed.network import GalaxyNetwork
 from galembed.questions import question_tree
 from tests.training.prepared import SIZE, noise_images
-from training.batches import AHEAD, Batch, FixedBatches, Position, TrainingBatches, epoch_rows, read_ahead
-from training.data import Prepared
+from training.data.batches import AHEAD, Batch, FixedBatches, Position, TrainingBatches, epoch_rows, read_ahead
+from training.data.images import Prepared
 from training.fit import Fitted, check_run, fit, new_network
 from training.recipe import Machine, Recipe
 from training.trainer import AtomicFiles, CurveFile, VoteTrainer, freeze

@@ -72,7 +72,7 @@ def import_(
 
     from galembed.mappings import named_mapping
     from galembed.sources import open_source
-    from training.imports import import_backbone
+    from training.weights.imports import import_backbone
 
     reader = None
     if images is not None:
@@ -124,7 +124,7 @@ def info(path: str, as_json: bool) -> None:
 def push(path: str, folder: Path, licence: str, metrics: Path | None, repo: str) -> None:
     """Write BACKBONE as a folder for the Hugging Face hub, with a model card. Nothing is uploaded."""
     from galembed.backbones import load_backbone
-    from training.hub import push_folder
+    from training.weights.hub import push_folder
 
     push_folder(load_backbone(path), folder, licence_name=licence, metrics=metrics, repository=repo)
     click.echo(

@@ -47,7 +47,7 @@ def evaluate(
     workers: int,
 ) -> None:
     """Score BACKBONE, a folder or `builtin`, on the votes of the images in SOURCE, question by question."""
-    from training.evaluation import evaluate as run
+    from training.scores.evaluation import evaluate as run
 
     result = run(
         backbone,

@@ -67,9 +67,9 @@ def finetune(
     name: str | None,
 ) -> None:
     """Teach BACKBONE (a directory, or `builtin`) to answer labels of the images in SOURCE."""
+    from training.data.targets import open_labelled_images
     from training.finetune import finetune as run
     from training.finetune import recipe_with
-    from training.targets import open_labelled_images
 
     labelled = open_labelled_images(
         source,

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-_MACHINE = ("accelerator", "devices", "compile", "checkpoint_minutes")
+_MACHINE = ("accelerator", "devices", "compile", "checkpoint_minutes", "quiet")
 
 
 @click.command()
@@ -59,6 +59,7 @@ _MACHINE = ("accelerator", "devices", "compile", "checkpoint_minutes")
 @click.option("--devices", default=1, show_default=True, help="Processes that share each batch.")
 @click.option("--compile", is_flag=True, help="Compile the encoder: minutes at the start, faster steps.")
 @click.option("--checkpoint-minutes", default=5.0, show_default=True, help="A killed run loses at most this much.")
+@click.option("--quiet", is_flag=True, help="Show no progress of the epochs.")
 @click.option("--half", is_flag=True, help="Store the weights as float16.")
 @click.option("--name", help="Name written into backbone.json.")
 @click.option("--resume", is_flag=True, help="Insist that there is a checkpoint to go on from.")
@@ -84,9 +85,9 @@ def train(
     The same command goes on where an earlier one was killed, with the same outcome. Ctrl-C writes the backbone as it
     stands, ends with exit code 130, and the same command goes on from there too.
     """
+    from training.data.splits import Shares
     from training.fit import train as run
     from training.recipe import Machine, Recipe
-    from training.splits import Shares
 
     machine = Machine(**{key: settings.pop(key) for key in _MACHINE})
     report = run(

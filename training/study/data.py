@@ -59,7 +59,7 @@ def study_data(
     out : Path
         Folder for ``cells/``, ``table.parquet``, ``table.md``, ``fits.json``, ``plot.png`` and ``questions.png``.
     architectures : sequence of str
-        timm model names; with a colon, weights to start from, for `training.initial.initial_weights`.
+        timm model names; with a colon, weights to start from, for `training.weights.initial.initial_weights`.
     sizes : sequence of int
     seeds : int
     tell : callable

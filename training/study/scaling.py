@@ -17,12 +17,12 @@ from galembed.backbones import InputContract
 from galembed.errors import BadRequest
 from galembed.network import GalaxyNetwork
 from galembed.questions import QuestionTree, question_tree
-from training.batches import FixedBatches
-from training.data import Prepared, open_prepared
+from training.data.batches import FixedBatches
+from training.data.images import Prepared, open_prepared
+from training.data.splits import SPLITS, Shares
 from training.fit import door, fit, new_network
 from training.loss import targets_nll
 from training.recipe import Machine, Recipe
-from training.splits import SPLITS, Shares
 from training.study.fits import Estimate, Floats, curve_draws, estimate, resampled_means
 from training.study.grid import Cell, Outcome, run_grid
 
@@ -69,7 +69,7 @@ def open_galaxies(
     split_column: str | None,
     workers: int,
 ) -> Galaxies:
-    """Read and split a survey's images into `folder`, or find them there; see `training.data.open_prepared`.
+    """Read and split a survey's images into `folder`, or find them there; see `training.data.images.open_prepared`.
 
     The test set is the one that the data give, or a fifth of the sky's cells.
     """

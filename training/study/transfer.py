@@ -22,18 +22,18 @@ from galembed.backbones import InputContract
 from galembed.errors import BadRequest, GalembedError, UnreadableInput
 from galembed.linear import Rows, make_folds
 from galembed.network import GalaxyNetwork
-from training.batches import FixedBatches
-from training.data import Prepared, prepare
-from training.features import encoder_features
+from training.data.batches import FixedBatches
+from training.data.features import encoder_features
+from training.data.images import Prepared, prepare
+from training.data.splits import SPLITS, Split
+from training.data.targets import LEAST_MEMBERS, LabelledImages, open_labelled_images
 from training.finetune import STOPPING, apart, part_of
 from training.fit import door, fit, new_network
-from training.initial import Initial
 from training.linear import class_weights, fit_head
 from training.recipe import Machine, Recipe
-from training.splits import SPLITS, Split
 from training.study.fits import Estimate, Floats, curve_draws, estimate, poisson_weights
 from training.study.grid import Cell, Outcome
-from training.targets import LEAST_MEMBERS, LabelledImages, open_labelled_images
+from training.weights.initial import Initial
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ def open_task(source: TaskSource) -> Task:
     Raises
     ------
     BadRequest
-        If they are numbers rather than classes; see `training.targets.open_labelled_images` for the rest.
+        If they are numbers rather than classes; see `training.data.targets.open_labelled_images` for the rest.
     """
     images = open_labelled_images(
         source.source,
@@ -213,8 +213,8 @@ def open_starts(specs: Sequence[str], recipe: Recipe) -> tuple[list[Start], dict
     Parameters
     ----------
     specs : sequence of str
-        ``NAME=SPEC`` or ``SPEC``, a name of weights for `training.initial.initial_weights`; ``scratch`` for random
-        ones, with the architecture and input of the first other start where the recipe does not give them.
+        ``NAME=SPEC`` or ``SPEC``, a name of weights for `training.weights.initial.initial_weights`; ``scratch`` for
+        random ones, with the architecture and input of the first other start where the recipe does not give them.
     recipe : Recipe
 
     Returns

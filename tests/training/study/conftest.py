@@ -10,9 +10,9 @@ from PIL import Image
 
 from galembed.questions import Question, QuestionTree
 from galembed.schemas import SOURCES
-from training.data import Prepared
+from training.data.images import Prepared
+from training.data.splits import SPLITS
 from training.recipe import Recipe
-from training.splits import SPLITS
 from training.study.scaling import Galaxies
 
 RECIPE = Recipe(architecture="test_convnext", size=32, epochs=2, batch=8, learning_rate=2e-3)

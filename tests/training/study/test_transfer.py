@@ -15,7 +15,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
 from galembed.errors import BadRequest
 from galembed.network import GalaxyNetwork
-from training.data import Prepared
+from training.data.images import Prepared
 from training.finetune import RECIPE
 from training.fit import Fitted, fit
 from training.linear import LinearHead, fit_head

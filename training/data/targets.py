@@ -21,7 +21,7 @@ from galembed.label_positions import label_positions, matches, sky_pairs
 from galembed.questions import Question, QuestionTree, question_tree
 from galembed.schemas import SOURCES, fraction_column
 from galembed.sources import open_source
-from training.data import VotedImages, open_voted_images
+from training.data.images import VotedImages, open_voted_images
 
 TASKS: Final = ("classification", "regression", "votes")
 
@@ -127,8 +127,8 @@ def open_labelled_images(
         Column of the labels: text, booleans, integers or floats. Empty, null and NaN are no label. For votes, leave it
         out.
     labels : Table, str or Path, optional
-        A table with the images' ids, or the file of a table of votes (`training.votes.read_vote_table`). Without one,
-        the labels are a column of the picture table itself, or of `catalogue`.
+        A table with the images' ids, or the file of a table of votes (`training.data.votes.read_vote_table`). Without
+        one, the labels are a column of the picture table itself, or of `catalogue`.
     task : str, optional
         One of `TASKS`. Unless given: votes with `questions`; classification of text, booleans, and whole numbers of at
         most `INTEGER_CLASSES` different values; else regression.

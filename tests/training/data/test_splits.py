@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from galembed.errors import BadRequest, SchemaMismatch
 from galembed.sky import healpix_index
-from training.splits import (
+from training.data.splits import (
     SPLITS,
     Shares,
     Split,

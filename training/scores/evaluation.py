@@ -25,13 +25,13 @@ from galembed.errors import BadRequest, SchemaMismatch, UnreadableInput
 from galembed.network import GalaxyNetwork
 from galembed.questions import QuestionTree, packaged_trees, question_tree
 from galembed.runtimes.torch import load_network
-from training.data import MAX_UNREADABLE, VotedImages, open_voted_images
-from training.features import CutoutBatches
-from training.metrics import LEAST_VOTES
-from training.splits import SHARES, Shares
-from training.targets import open_labelled_images
-from training.vote_scores import score
-from training.votes import has_votes
+from training.data.features import CutoutBatches
+from training.data.images import MAX_UNREADABLE, VotedImages, open_voted_images
+from training.data.splits import SHARES, Shares
+from training.data.targets import open_labelled_images
+from training.data.votes import has_votes
+from training.scores.metrics import LEAST_VOTES
+from training.scores.votes import score
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class Evaluation:
     doubts : tuple of str
         Why the galaxies may not be those that training held out.
     questions, answers, values, campaigns, reliability, pit : pa.Table
-        See `training.vote_scores`.
+        See `training.scores.votes`.
     """
 
     backbone: Backbone
@@ -113,7 +113,7 @@ class Evaluation:
 
         What an earlier evaluation left in `folder` is replaced.
         """
-        from training.plots import pit_figure, reliability_figure, save_png, volunteers_figure
+        from training.scores.plots import pit_figure, reliability_figure, save_png, volunteers_figure
 
         figures = {
             "volunteers": volunteers_figure(self.questions),
@@ -160,7 +160,7 @@ def evaluate(
     backbone : Backbone, str or Path
         With a question head; in a tree of several campaigns, questions that the votes do not have are left out.
     source, votes, catalogue, crop
-        See `training.data.open_voted_images`.
+        See `training.data.images.open_voted_images`.
     column : str, optional
         Column of `votes`, or of SOURCE's own table, with a label for each image: for a head that `galembed finetune`
         made for classes or numbers. A label is then one vote, and one is enough.

@@ -22,7 +22,7 @@ from galembed.questions import QuestionTree
 from galembed.schemas import SOURCES
 from galembed.sources import SourceReader, open_source
 from galembed.sources.image_tables import ImageTableReader
-from training.reading import (
+from training.data.reading import (
     Facts,
     Pixels,
     StoredPixels,
@@ -33,8 +33,18 @@ from training.reading import (
     require_room,
     with_margin,
 )
-from training.splits import SHARES, SPLITS, Shares, Split, close_pairs, draw_split, equal_pairs, group_of, side_of_file
-from training.votes import VoteTable, has_votes, read_image_votes, read_vote_table
+from training.data.splits import (
+    SHARES,
+    SPLITS,
+    Shares,
+    Split,
+    close_pairs,
+    draw_split,
+    equal_pairs,
+    group_of,
+    side_of_file,
+)
+from training.data.votes import VoteTable, has_votes, read_image_votes, read_vote_table
 
 logger = logging.getLogger(__name__)
 
@@ -95,14 +105,14 @@ def open_voted_images(
         cutouts, or its bricks if there are none.
     tree : QuestionTree
     votes : str or Path, optional
-        A table for `training.votes.read_vote_table`, matched by id.
+        A table for `training.data.votes.read_vote_table`, matched by id.
     catalogue : str or Path, optional
         Sizes and positions by id.
     crop, columns
         See `galembed.sources.open_source`.
     split_column : str, optional
-        See `training.votes.read_vote_table`. Where the votes say nothing, the names of a hub data set's files do, and
-        the rest is drawn by `training.splits.draw_split`.
+        See `training.data.votes.read_vote_table`. Where the votes say nothing, the names of a hub data set's
+        files do, and the rest is drawn by `training.data.splits.draw_split`.
     shares : Shares
         How much of it is held out.
 
@@ -111,7 +121,7 @@ def open_voted_images(
     BadRequest
         If there are no votes, or no image has any.
     SchemaMismatch
-        If the votes do not fit the tree; see `training.votes.read_vote_table`.
+        If the votes do not fit the tree; see `training.data.votes.read_vote_table`.
     """
     source, votes, catalogue = _parts_of_simulation(source, votes, catalogue)
     reader = open_source(source, catalogue=catalogue, crop=crop, columns=columns)
@@ -267,14 +277,14 @@ class Prepared:
     weights : ndarray, shape (row,), float32
         Of each image in the loss.
     split : ndarray, shape (row,), str
-        One of `training.splits.SPLITS`.
+        One of `training.data.splits.SPLITS`.
     exact : StoredPixels or ndarray, optional, shape (place, 3, size, size), float32 or uint8
         Held-out images as `galembed embed` reads them, bit for bit.
     exact_rows : ndarray, optional, shape (row,), int64
         Place in `exact`; -1 for what is trained on.
     checked : Checked, optional
     origin : str
-        SHA-256 of all that decides the pixels (`training.reading.digest`); empty where they are not from a source.
+        SHA-256 of all that decides the pixels (`training.data.reading.digest`); empty where they are not from a source.
     """
 
     pixels: Pixels

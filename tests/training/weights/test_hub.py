@@ -24,8 +24,8 @@ from galembed.network import GalaxyNetwork
 from galembed.questions import question_tree
 from galembed.runtimes.torch import load_network
 from tests.training.hubs import FAMILIES
-from training.hub import push_folder
-from training.imports import import_backbone
+from training.weights.hub import push_folder
+from training.weights.imports import import_backbone
 
 
 def made(folder: Path, architecture: str, provenance: dict[str, Any] | None = None, **arguments: Any) -> Backbone:

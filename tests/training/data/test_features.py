@@ -11,8 +11,8 @@ from galembed.errors import UnreadableInput
 from galembed.runtimes.torch import TorchRuntime
 from galembed.sources import open_source
 from tests.training.labelled import pictures
-from training import features
-from training.features import kept_features
+from training.data import features
+from training.data.features import kept_features
 
 
 @pytest.fixture

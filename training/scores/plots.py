@@ -32,7 +32,7 @@ def volunteers_figure(questions: pa.Table) -> Figure | None:
     Parameters
     ----------
     questions : pa.Table
-        `training.vote_scores.QUESTIONS`.
+        `training.scores.votes.QUESTIONS`.
 
     Returns
     -------
@@ -71,7 +71,7 @@ def reliability_figure(reliability: pa.Table) -> Figure | None:
     Parameters
     ----------
     reliability : pa.Table
-        `training.vote_scores.RELIABILITY`. Bins of fewer than 5 are not drawn.
+        `training.scores.votes.RELIABILITY`. Bins of fewer than 5 are not drawn.
 
     Returns
     -------
@@ -106,7 +106,7 @@ def pit_figure(pit: pa.Table) -> Figure | None:
     Parameters
     ----------
     pit : pa.Table
-        `training.vote_scores.PIT`.
+        `training.scores.votes.PIT`.
 
     Returns
     -------

@@ -24,9 +24,9 @@ from galembed.mappings import LEGACY_DR2, FluxMapping
 from galembed.network import GalaxyNetwork
 from galembed.schemas import SOURCES
 from galembed.sources import SourceReader, open_source
-from training.hub import copy_backbone
-from training.initial import Initial, initial_weights, short_name
 from training.simulation import simulate_survey
+from training.weights.hub import copy_backbone
+from training.weights.initial import Initial, initial_weights, short_name
 
 SIMULATED: Final = 256
 """Galaxies that the centring mean is taken over where no images are given: of 256, its error is a sixteenth of the
@@ -57,7 +57,7 @@ class Imported:
     failed : int
         Images among them that could not be read.
     notes : tuple of str
-        See `training.initial.Initial`.
+        See `training.weights.initial.Initial`.
     """
 
     backbone: Backbone
@@ -103,7 +103,7 @@ def import_backbone(
     Parameters
     ----------
     spec, architecture, size, normalisation
-        See `training.initial.initial_weights`.
+        See `training.weights.initial.initial_weights`.
     out : Path
         Directory to make.
     field_of_view : FieldOfView, optional

@@ -46,7 +46,7 @@ def push_folder(
     """Write a backbone as a folder that `hf upload` takes; nothing is sent anywhere.
 
     ``timm.create_model("local-dir:FOLDER", pretrained=True)``, or ``hf-hub:`` once it is uploaded, gives the encoder,
-    and `training.imports.import_backbone` the backbone, with the same identities.
+    and `training.weights.imports.import_backbone` the backbone, with the same identities.
 
     Parameters
     ----------

@@ -106,7 +106,7 @@ def initial_weights(
     Parameters
     ----------
     spec : str
-        See `training.initial`.
+        See `training.weights.initial`.
     architecture : str
         A timm model name, where a file does not say which it is of.
     size : int, optional

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from galembed.backbones import Backbone, load_backbone
 from galembed.errors import ArtifactMismatch, ArtifactNotFound, BadRequest, UnreadableInput
 from tests.training.hubs import FAMILIES, hub_folder, model
-from training.initial import Initial, initial_weights, short_name
+from training.weights.initial import Initial, initial_weights, short_name
 
 REVISION = "0123456789abcdef" * 2 + "01234567"
 

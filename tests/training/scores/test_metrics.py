@@ -10,7 +10,7 @@ import torch
 from scipy.stats import betabinom, binom, binomtest, dirichlet_multinomial, hypergeom
 
 from training.loss import dirichlet_multinomial_nll
-from training.metrics import (
+from training.scores.metrics import (
     agreement,
     constant_concentrations,
     count_cdf,

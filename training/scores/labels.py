@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from training.metrics import value_errors
+from training.scores.metrics import value_errors
 
 CONFIDENCE_BINS: Final = 15
 """Of the expected calibration error."""
@@ -165,7 +165,7 @@ class VoteScores:
     Attributes
     ----------
     questions, values : pa.Table
-        `training.evaluation.QUESTIONS` and `VALUES`.
+        `training.scores.evaluation.QUESTIONS` and `VALUES`.
     """
 
     questions: pa.Table

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 from PIL import Image
 
-import training.imports
+import training.weights.imports
 from galembed.backbones import Backbone, FieldOfView, load_backbone
 from galembed.cli import main
 from galembed.errors import BadRequest
@@ -25,7 +25,7 @@ from galembed.sources import open_source
 from galembed.store import open_store
 from tests.training.hubs import FAMILIES, hub_folder, model
 from training.commands.backbone import parse_field
-from training.imports import import_backbone
+from training.weights.imports import import_backbone
 
 SIZE = 48
 
@@ -103,7 +103,7 @@ def test_the_contract_is_the_users_to_choose(zoobot: Path, tmp_path: Path) -> No
 def test_without_images_it_is_centred_on_simulated_galaxies(
     zoobot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training.imports, "SIMULATED", 6)
+    monkeypatch.setattr(training.weights.imports, "SIMULATED", 6)
     stages = []
     one, two = (
         import_backbone(

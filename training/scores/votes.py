@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from galembed.questions import QuestionTree, packaged_trees, question_tree
-from training.metrics import (
+from training.scores.metrics import (
     LEAST_VOTES,
     Agreement,
     Reliability,

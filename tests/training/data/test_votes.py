@@ -19,7 +19,7 @@ from hypothesis.extra.numpy import arrays
 
 from galembed.errors import ArtifactNotFound, SchemaMismatch, UnreadableInput
 from galembed.questions import Question, QuestionTree, combined, question_tree
-from training.votes import GZ2_COUNTS, has_votes, read_image_votes, read_vote_table, read_votes
+from training.data.votes import GZ2_COUNTS, has_votes, read_image_votes, read_vote_table, read_votes
 
 TREE = QuestionTree("t", "-t", (Question("bar", ("yes", "no")), Question("odd", ("yes", "no"))))
 OTHER = QuestionTree("u", "-u", (Question("ring", ("yes", "no")),))
@@ -151,7 +151,7 @@ def test_a_question_that_is_not_there_is_an_error_in_one_campaign(tmp_path: Path
 
 def test_a_question_of_another_campaign_has_no_votes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     both = combined("both", [OTHER, TREE])
-    with caplog.at_level(logging.INFO, logger="training.votes"):
+    with caplog.at_level(logging.INFO, logger="training.data.votes"):
         _, votes = read_votes(write(tmp_path, {"id_str": ["a", "b"]} | COUNTS), both)
     np.testing.assert_array_equal(votes[:, :2], 0)
     np.testing.assert_array_equal(votes[:, 2:], np.array(list(COUNTS.values())).T)
@@ -276,7 +276,7 @@ def test_galaxy_zoo_2s_fractions_become_the_votes_that_volunteers_on_their_way_c
         t10_arms_winding_a30_loose_weighted_fraction=[0.75],
         t06_odd_a14_yes_weighted_fraction=[1.0],
     )
-    with caplog.at_level(logging.INFO, logger="training.votes"):
+    with caplog.at_level(logging.INFO, logger="training.data.votes"):
         _, votes = read_votes(write(tmp_path, columns), tree)
     for question, expected in {
         "smooth-or-featured": [8, 30, 2],

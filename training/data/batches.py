@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training.data import Prepared
+from training.data.images import Prepared
 
 AHEAD: Final = 3
 """Batches read while one is worked on; what bounds the memory, however many images there are."""

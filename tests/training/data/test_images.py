@@ -25,8 +25,8 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import _registry
 from PIL import Image
 
-import training.data
-import training.reading
+import training.data.images
+import training.data.reading
 from galembed.backbones import FieldOfView, InputContract
 from galembed.cutouts import Cutout
 from galembed.errors import BadRequest, GalembedError, SchemaMismatch, UnreadableInput
@@ -34,10 +34,10 @@ from galembed.mappings import LEGACY_DR2
 from galembed.questions import Question, QuestionTree, question_tree
 from galembed.schemas import SOURCES
 from galembed.sources import open_source
-from training.data import Prepared, VotedImages, open_prepared, open_voted_images, prepare
-from training.reading import StoredPixels, plan, require_room, with_margin
+from training.data.images import Prepared, VotedImages, open_prepared, open_voted_images, prepare
+from training.data.reading import StoredPixels, plan, require_room, with_margin
+from training.data.splits import Shares
 from training.simulation import simulate_survey
-from training.splits import Shares
 
 TREE = QuestionTree("t", "-t", (Question("bar", ("yes", "no")), Question("odd", ("yes", "no"))))
 CONTRACT = InputContract(16, FieldOfView(9.0, 8.0, 120.0), LEGACY_DR2)
@@ -330,7 +330,7 @@ def test_what_was_read_is_not_read_again(tmp_path: Path, monkeypatch: pytest.Mon
     (folder / "J3.png").write_bytes(b"not a picture")
     first = open_prepared(folder, CONTRACT, TREE, tmp_path / "p", votes=votes)
     with monkeypatch.context() as patch:
-        patch.setattr(training.reading, "_read_chunk", no_reading)
+        patch.setattr(training.data.reading, "_read_chunk", no_reading)
         again = open_prepared(folder, CONTRACT, TREE, tmp_path / "p", votes=votes)
     assert again.checked == first.checked
     assert set(again.checked.unreadable) == {"J3"}
@@ -358,7 +358,7 @@ def test_other_images_or_another_contract_are_read_anew(change: str, tmp_path: P
 
 def test_a_run_that_failed_half_way_goes_on_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = made(700)
-    read = training.reading._read_chunk
+    read = training.data.reading._read_chunk
     chunks: list[int] = []
 
     def failing(task: Any, rows: pa.Table, numbers: Any) -> dict[int, str]:
@@ -367,7 +367,7 @@ def test_a_run_that_failed_half_way_goes_on_there(tmp_path: Path, monkeypatch: p
             raise MemoryError("killed")
         return read(task, rows, numbers)
 
-    monkeypatch.setattr(training.reading, "_read_chunk", failing)
+    monkeypatch.setattr(training.data.reading, "_read_chunk", failing)
     with pytest.raises(MemoryError, match="killed"):
         prepare(images, CONTRACT, tmp_path / "a" / "images.npy", workers=0)
     broken, _ = prepare(images, CONTRACT, tmp_path / "a" / "images.npy", workers=0)
@@ -382,7 +382,7 @@ if __name__ == "__main__":
     from galembed.backbones import FieldOfView, InputContract
     from galembed.mappings import LEGACY_DR2
     from galembed.questions import Question, QuestionTree
-    from training.data import open_prepared
+    from training.data.images import open_prepared
     tree = QuestionTree("t", "-t", (Question("bar", ("yes", "no")), Question("odd", ("yes", "no"))))
     folder, votes, out = sys.argv[1:]
     contract = InputContract(16, FieldOfView(9.0, 8.0, 120.0), LEGACY_DR2)
@@ -398,7 +398,7 @@ def test_a_killed_run_leaves_no_process_and_goes_on_where_it_was(tmp_path: Path)
     with (tmp_path / "said").open("w") as said:
         process = subprocess.Popen(
             [sys.executable, str(script), str(folder), str(votes), str(out)],
-            env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[3])},
             stderr=said,
         )
         children: list[int] = []
@@ -485,7 +485,7 @@ def test_what_too_many_failures_left_out_is_tried_again(tmp_path: Path, monkeypa
 
 def test_held_out_images_that_fail_count_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, votes = folder_of_pictures(tmp_path, count=10)
-    read = training.data.read_all
+    read = training.data.images.read_all
 
     def gone(task: Any, rows: pa.Table, **options: Any) -> Any:
         if "exact" in task.file.name:
@@ -495,7 +495,7 @@ def test_held_out_images_that_fail_count_too(tmp_path: Path, monkeypatch: pytest
     def lost(*_: Any, name: str, **__: Any) -> Any:
         raise UnreadableInput(f"{name} is missing")
 
-    monkeypatch.setattr(training.data, "read_all", gone)
+    monkeypatch.setattr(training.data.images, "read_all", gone)
     with pytest.raises(UnreadableInput, match=r"6 of 10 images cannot be read, .*J0.png is missing"):
         open_prepared(folder, CONTRACT, TREE, tmp_path / "p", votes=votes, shares=Shares(validation=0.5))
 
@@ -505,7 +505,7 @@ def test_a_disk_without_room_is_an_error_before_anything_is_read(
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 1000))
-    monkeypatch.setattr(training.reading, "_read_chunk", no_reading)
+    monkeypatch.setattr(training.data.reading, "_read_chunk", no_reading)
     with pytest.raises(BadRequest, match=r"1000 images of 24 px need 0\.0 GB in .*, and 0\.0 GB are free"):
         prepare(made(1000), CONTRACT, tmp_path / "images.npy", workers=0)
 
@@ -631,6 +631,6 @@ def test_chunks_hold_a_tiles_rows_together_and_a_shards_in_order() -> None:
 
 def test_room_needs_a_folder_that_may_not_be_there_yet(tmp_path: Path) -> None:
     images = made(1)
-    task = training.reading.Task(images.reader, CONTRACT, 16, "float16", tmp_path / "new" / "images.npy")
+    task = training.data.reading.Task(images.reader, CONTRACT, 16, "float16", tmp_path / "new" / "images.npy")
     require_room([(task, 1)])
     assert (tmp_path / "new").is_dir()

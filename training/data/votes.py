@@ -22,7 +22,7 @@ from galembed.catalogues import GUESSES, read_table, source_ids
 from galembed.errors import SchemaMismatch, UnreadableInput
 from galembed.files import is_url
 from galembed.questions import QuestionTree
-from training.splits import named_side
+from training.data.splits import named_side
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class VoteTable:
     votes : ndarray, shape (row, answer), float32
         Counts, not always whole. Zero where masked or null (not asked), and where the total is.
     splits : list of str
-        Side of each row, one of `training.splits.SPLITS`; empty where the table does not say.
+        Side of each row, one of `training.data.splits.SPLITS`; empty where the table does not say.
     """
 
     ids: list[str]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from training.scores import Measured, area_under_curve, calibration_error, measured, score_classes, score_numbers
+from training.scores.labels import Measured, area_under_curve, calibration_error, measured, score_classes, score_numbers
 
 CLASSES = ("a", "b", "c")
 

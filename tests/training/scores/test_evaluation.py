@@ -19,13 +19,13 @@ from galembed.errors import BadRequest, SchemaMismatch
 from galembed.questions import Question, QuestionTree, combined, question_tree
 from galembed.runtimes import open_runtime
 from galembed.sources import open_source
-from training.data import open_voted_images
-from training.evaluation import Evaluation, evaluate
-from training.metrics import vote_nll
-from training.plots import pit_figure, reliability_figure, save_png, volunteers_figure
+from training.data.images import open_voted_images
+from training.data.splits import Shares
+from training.scores.evaluation import Evaluation, evaluate
+from training.scores.metrics import vote_nll
+from training.scores.plots import pit_figure, reliability_figure, save_png, volunteers_figure
+from training.scores.votes import ANSWERS, CAMPAIGNS, PIT, QUESTIONS, RELIABILITY, VALUES, campaigns_of, score
 from training.simulation import simulate_survey
-from training.splits import Shares
-from training.vote_scores import ANSWERS, CAMPAIGNS, PIT, QUESTIONS, RELIABILITY, VALUES, campaigns_of, score
 
 TREE = QuestionTree(
     "two",

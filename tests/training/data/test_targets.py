@@ -10,7 +10,7 @@ from astropy.table import Column, MaskedColumn, Table
 
 from galembed.errors import ArtifactNotFound, BadRequest
 from tests.training.labelled import KINDS, pictures
-from training.targets import LabelledImages, open_labelled_images
+from training.data.targets import LabelledImages, open_labelled_images
 
 
 @pytest.fixture(scope="module")
