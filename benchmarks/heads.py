@@ -113,34 +113,45 @@ def score(concentrations: Tensor, votes: Votes) -> Score:
 def fitted(head: str, train: Votes, validation: Votes, seed: int) -> nn.Module:
     """Return the head with the weight decay that does best on the validation part.
 
-    Each fit starts anew: a strong decay drives the paper's sigmoids to where they have no gradient, and a fit that went
-    on from there would stay there.
+    Each is fitted anew, by Adam and then by L-BFGS: L-BFGS alone can throw a sigmoid to its flat end at the first step,
+    where it stays.
     """
-    best: tuple[float, nn.Module | None] = (np.inf, None)
+    best, kept = np.inf, None
     for decay in DECAY:
         torch.manual_seed(seed)
         model = HEADS[head](train.features.shape[1], train.answers)
         fit(model, train, decay)
         with torch.no_grad():
             found = score(model(validation.features), validation).nll
-        if found < best[0]:
-            best = (found, model)
-    assert best[1] is not None
-    return best[1]
+        if found < best:
+            best, kept = found, model
+    assert kept is not None, f"no fit of the {head} head is finite"
+    return kept
 
 
-def fit(model: nn.Module, train: Votes, decay: float) -> None:
+def fit(model: nn.Module, votes: Votes, decay: float) -> None:
     weights = [p for p in model.parameters() if p.ndim > 1]
-    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=150, history_size=20, line_search_fn="strong_wolfe")
 
-    def step() -> Tensor:
-        optimizer.zero_grad()
-        nll = dirichlet_multinomial_nll(train.counts, model(train.features), train.answers).sum(dim=1).mean()
-        loss = nll + decay * sum(weight.square().sum() for weight in weights)
-        loss.backward()
-        return loss
+    def loss() -> Tensor:
+        nll = dirichlet_multinomial_nll(votes.counts, model(votes.features), votes.answers).sum(dim=1).mean()
+        return nll + decay * sum(weight.square().sum() for weight in weights)
 
-    optimizer.step(step)
+    adam = torch.optim.Adam(model.parameters(), lr=0.1)
+    slower = torch.optim.lr_scheduler.CosineAnnealingLR(adam, ADAM_STEPS)
+    for _ in range(ADAM_STEPS):
+        adam.zero_grad()
+        loss().backward()
+        adam.step()
+        slower.step()
+    lbfgs = torch.optim.LBFGS(model.parameters(), max_iter=25, history_size=20, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        lbfgs.zero_grad()
+        found = loss()
+        found.backward()
+        return found
+
+    lbfgs.step(closure)
 
 
 def parts(votes: Votes, seed: int) -> tuple[Votes, Votes, Votes]:
