@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
-import os
 import tempfile
 import warnings
-from dataclasses import asdict, dataclass
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -18,9 +17,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from export.fidelity import Fidelity, Tolerance, measure
 from galembed.backbones import Backbone, file_digest
+from galembed.engines import EngineRecord, install
 from galembed.errors import BadRequest
+from galembed.fidelity import Fidelity, Tolerance, measure
+from galembed.precision import lower
 from galembed.runtimes.onnx import OnnxRuntime
 from galembed.runtimes.torch import TorchRuntime, load_network
 from galembed.sources import SourceReader
@@ -77,34 +78,45 @@ def export_onnx(
     backbone.engines.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=backbone.engines, prefix=".export-") as scratch:
         trial = Path(scratch) / FILE
-        opset = _write(backbone, trial)
-        report = {
-            "file": FILE,
-            "sha256": file_digest(trial),
-            "embedding_id": backbone.embedding_id,
-            "head_id": backbone.head_id,
-            "numeric_class": "fp32",
-            "opset": opset,
-            "tolerance": asdict(tolerance),
-            "versions": {name: version(name) for name in ("torch", "onnx", "onnxscript")},
-        }
-        (Path(scratch) / "onnx-fp32.json").write_text(json.dumps(report), encoding="utf-8")
-        engine = OnnxRuntime(backbone, engines=Path(scratch))
+        opset = write_graph(backbone, trial)
+        record = EngineRecord(
+            name="onnx-fp32",
+            format="onnx",
+            numeric_class="fp32",
+            file=FILE,
+            sha256=file_digest(trial),
+            embedding_id=backbone.embedding_id,
+            head_id=backbone.head_id,
+            status="verified",
+            tolerance=asdict(tolerance),
+            settings={"opset": opset},
+            input=backbone.contract.to_dict(),
+            versions={name: version(name) for name in ("torch", "onnx", "onnxscript")},
+        )
+        engine = OnnxRuntime(backbone, record, engines=Path(scratch))
         numbers = [answer in backbone.values for answer in backbone.answers]
-        fidelity = measure(engine, TorchRuntime(backbone), inputs, numbers=numbers)
+        fidelity = measure(engine, TorchRuntime(backbone, device="cpu"), inputs, numbers=numbers)
         tolerance.require(fidelity)
-        # The report goes last: an engine without one is not used.
-        (backbone.engines / "onnx-fp32.json").unlink(missing_ok=True)
-        os.replace(trial, backbone.engines / FILE)
-        partial = Path(scratch) / "report.json"
-        partial.write_text(json.dumps(report | {"fidelity": fidelity.to_dict()}, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, backbone.engines / "onnx-fp32.json")
+        install(replace(record, fidelity=fidelity.to_dict()), trial, backbone)
     path = backbone.engines / FILE
     return ExportReport(path, fidelity, path.stat().st_size / 1e6)
 
 
-def _write(backbone: Backbone, path: Path) -> int:
-    """Write the graph; return its opset."""
+def write_graph(backbone: Backbone, path: Path, *, precision: str = "fp32", kept: Collection[str] = ()) -> int:
+    """Write a backbone's ONNX graph; return its opset.
+
+    Inputs ``flux`` and ``display``, outputs ``vector``, ``norm`` and ``predictions``, as
+    `galembed.network.GalaxyNetwork.forward` has them; either input may have no rows.
+
+    Parameters
+    ----------
+    backbone : Backbone
+    path : Path
+    precision : str
+        ``fp32``, ``fp16`` or ``bf16``; see `galembed.precision.lower`.
+    kept : collection of str
+        Layer families that stay in float32.
+    """
     size = backbone.contract.size
     rng = np.random.default_rng(0)
     flux = torch.from_numpy(rng.normal(0, 100, (2, 3, size, size)).astype(np.float32))
@@ -117,7 +129,7 @@ def _write(backbone: Backbone, path: Path) -> int:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                load_network(backbone),
+                lower(load_network(backbone), precision, kept),
                 (flux, display),
                 dynamo=True,
                 dynamic_shapes=shapes,

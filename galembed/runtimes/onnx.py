@@ -2,50 +2,74 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from galembed.backbones import Backbone, file_digest
-from galembed.errors import ArtifactMismatch
-from galembed.runtimes import Embedded, check_images
+from galembed.backbones import Backbone
+from galembed.engines import EngineRecord
+from galembed.errors import ArtifactMismatch, BadRequest
+from galembed.runtimes.protocol import Embedded, check_images, doors
+
+_PROVIDERS: Final = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 class OnnxRuntime:
-    """Embeds with ONNX Runtime on the CPU."""
+    """Embeds with ONNX Runtime.
 
-    def __init__(self, backbone: Backbone, *, threads: int = 0, engines: Path | None = None) -> None:
-        folder = engines or backbone.engines
-        report = json.loads((folder / "onnx-fp32.json").read_text(encoding="utf-8"))
-        file = folder / report["file"]
-        if report["embedding_id"] != backbone.embedding_id or report["head_id"] != backbone.head_id:
-            raise ArtifactMismatch(
-                f"{file} was exported from another backbone (embedding_id {report['embedding_id'][:12]}, "
-                f"this one is {backbone.embedding_id[:12]}); run `galembed export` again"
-            )
-        if not file.exists() or file_digest(file) != report["sha256"]:
-            raise ArtifactMismatch(
-                f"{file} is missing or not the engine that was verified; run `galembed export` again"
-            )
+    Parameters
+    ----------
+    backbone : Backbone
+    record : EngineRecord
+        Of format ``onnx``.
+    device : str
+        ``cpu`` or ``cuda``.
+    threads : int
+        0 leaves it to the library.
+    engines : Path, optional
+        Folder of the engine; the backbone's own unless given.
+
+    Raises
+    ------
+    ArtifactMismatch
+        If the engine is not the one on record, or cannot be read.
+    BadRequest
+        If ONNX Runtime cannot use the device.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        record: EngineRecord,
+        *,
+        device: str = "cpu",
+        threads: int = 0,
+        engines: Path | None = None,
+    ) -> None:
+        file = record.checked(backbone, engines)
+        provider = _PROVIDERS[device]
+        if provider not in onnxruntime.get_available_providers():
+            raise BadRequest(f"this onnxruntime has no {provider}; install onnxruntime-gpu")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        try:
+            self._session = onnxruntime.InferenceSession(str(file), options, providers=[provider])
+        except Exception as error:  # its errors have no common class
+            raise ArtifactMismatch(f"ONNX Runtime cannot read {file}: {error}; run `galembed export` again") from error
+        if self._session.get_providers()[0] != provider:
+            raise BadRequest(
+                f"ONNX Runtime did not take {provider}: this machine has no GPU or no CUDA libraries for it"
+            )
         self._backbone = backbone
-        self.numeric_class = str(report["numeric_class"])
-        self.engine = f"onnxruntime-cpu-{self.numeric_class}:{report['sha256'][:12]}"
+        self.numeric_class = record.numeric_class
+        self.engine = f"onnxruntime-{device}-{self.numeric_class}:{record.sha256[:12]}"
 
     def embed(self, images: NDArray[Any], kind: str) -> Embedded:
         """Embed a batch; see `galembed.runtimes.Runtime`."""
         check_images(images, kind, self._backbone)
-        size = self._backbone.contract.size
-        doors = {
-            "flux": np.empty((0, 3, size, size), np.float32),
-            "display": np.empty((0, 3, size, size), np.uint8),
-        }
-        # By position: older engines call the last one fractions.
-        vectors, norms, predictions = self._session.run(None, doors | {kind: images})
-        return Embedded(vectors, norms, predictions)
+        flux, display = doors(images, kind)
+        outputs = self._session.run(None, {"flux": flux, "display": display})
+        return Embedded(*(np.asarray(part) for part in outputs))

@@ -9,8 +9,11 @@ import torch
 from numpy.typing import NDArray
 
 from galembed.backbones import Backbone
+from galembed.engines import EngineRecord
+from galembed.errors import BadRequest
 from galembed.network import GalaxyNetwork
-from galembed.runtimes import Embedded, check_images
+from galembed.precision import lower
+from galembed.runtimes.protocol import Embedded, check_images, doors
 
 
 def load_network(backbone: Backbone) -> GalaxyNetwork:
@@ -29,27 +32,54 @@ def load_network(backbone: Backbone) -> GalaxyNetwork:
 
 
 class TorchRuntime:
-    """Embeds with torch in float32, on a GPU where there is one."""
+    """Embeds with torch: in float32, or in fewer bits as an engine's report says.
 
-    numeric_class = "fp32"
+    Parameters
+    ----------
+    backbone : Backbone
+    device : str
+        ``cpu``, ``cuda``, or ``auto``: the GPU where there is one.
+    record : EngineRecord, optional
+        Of format ``torch``: the numeric class, and what stays in float32.
+    threads : int
+        0 leaves it to torch.
 
-    def __init__(self, backbone: Backbone, *, threads: int = 0) -> None:
+    Raises
+    ------
+    BadRequest
+        If CUDA is asked for and torch sees no GPU.
+    ArtifactMismatch
+        If the weights are not the ones on record, or the report is another backbone's.
+    """
+
+    def __init__(
+        self, backbone: Backbone, *, device: str = "auto", record: EngineRecord | None = None, threads: int = 0
+    ) -> None:
+        if device == "cuda" and not torch.cuda.is_available():
+            raise BadRequest("torch sees no NVIDIA GPU on this machine")
         if threads:
             torch.set_num_threads(threads)
+        if record is not None:
+            record.checked(backbone)
+        self.numeric_class = record.numeric_class if record else "fp32"
         self._backbone = backbone
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._network = load_network(backbone).to(self._device)
-        self.engine = f"torch-{self._device.type}-fp32:{backbone.embedding_id[:12]}"
+        self._device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+        kept = set(record.kept) if record else set()
+        if self._device.type == "cpu":
+            kept |= {"depthwise"}  # no more exact than it need be, and several times as fast: oneDNN has no such kernel
+        network = lower(load_network(backbone), self.numeric_class, kept).to(self._device)
+        if self._device.type == "cuda":
+            network.encoder.to(memory_format=torch.channels_last)
+        self._network = network
+        self.engine = f"torch-{self._device.type}-{self.numeric_class}:{backbone.embedding_id[:12]}"
 
     def embed(self, images: NDArray[Any], kind: str) -> Embedded:
         """Embed a batch; see `galembed.runtimes.Runtime`."""
         check_images(images, kind, self._backbone)
-        size = self._backbone.contract.size
-        empty = {
-            "flux": np.empty((0, 3, size, size), np.float32),
-            "display": np.empty((0, 3, size, size), np.uint8),
-        }
-        doors = [torch.from_numpy((empty | {kind: images})[name]).to(self._device) for name in ("flux", "display")]
+        cuda = self._device.type == "cuda"
+        inputs = [torch.from_numpy(part) for part in doors(images, kind)]
+        if cuda:
+            inputs = [part.pin_memory().to(self._device, non_blocking=True) for part in inputs]
         with torch.inference_mode():
-            vectors, norms, predictions = self._network(*doors)
-        return Embedded(vectors.cpu().numpy(), norms.cpu().numpy(), predictions.cpu().numpy())
+            vectors, norms, predictions = self._network(*inputs)
+        return Embedded(*(np.ascontiguousarray(part.cpu().numpy()) for part in (vectors, norms, predictions)))

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from export.fidelity import Fidelity, Tolerance, measure
 from export.onnx import export_onnx
 from galembed.backbones import Backbone, load_backbone
 from galembed.cli import main
 from galembed.errors import BadRequest, EmbeddingDrift
+from galembed.fidelity import Fidelity, Tolerance, measure
 from galembed.runtimes import Embedded
 from galembed.runtimes.torch import TorchRuntime
 

@@ -11,7 +11,7 @@ import pytest
 from export.onnx import export_onnx
 from galembed.backbones import Backbone, load_backbone
 from galembed.errors import ArtifactMismatch, ArtifactNotFound, BadRequest
-from galembed.runtimes import Runtime, open_runtime
+from galembed.runtimes import Runtime, choose_runtime, open_runtime
 from galembed.runtimes.torch import TorchRuntime
 
 
@@ -106,7 +106,10 @@ class TestOnnx(RuntimeContract):
         file = copy.engines / "onnx-fp32.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"embedding_id": "0" * 64}))
         with pytest.raises(ArtifactMismatch, match="exported from another backbone"):
-            open_runtime(copy)
+            open_runtime(copy, "onnxruntime")
+        choice = choose_runtime(copy)
+        assert choice.runtime.engine.startswith("torch-")
+        assert "exported from another backbone" in str(choice)
 
     def test_no_engine_says_how_to_make_one(self, tiny_backbone: Backbone) -> None:
         with pytest.raises(ArtifactNotFound, match="galembed export"):
@@ -128,7 +131,7 @@ def test_one_galaxy_through_both_doors_gives_almost_one_vector(
 
 
 def test_an_unknown_runtime_is_refused(tiny_backbone: Backbone) -> None:
-    with pytest.raises(BadRequest, match="choose auto, onnxruntime or torch"):
+    with pytest.raises(BadRequest, match="choose one of auto, torch, onnxruntime"):
         open_runtime(tiny_backbone, "jax")
 
 

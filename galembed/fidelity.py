@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from galembed.errors import EmbeddingDrift
-from galembed.runtimes import Embedded, Runtime
+from galembed.runtimes.protocol import Embedded, Runtime
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,161 @@
+"""Engines on record: what was exported from a backbone, in which numbers, and how equal to torch it is."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from galembed.backbones import Backbone, file_digest
+from galembed.errors import ArtifactMismatch
+
+NUMERIC_CLASSES: Final = ("fp32", "fp16", "bf16", "int8")
+"""What an engine computes in. Vectors of different classes are not mixed in a store."""
+
+ENGINE_FORMAT: Final = 2
+"""Of an engine's report."""
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """The report beside an engine: ``engines/NAME.json``.
+
+    Attributes
+    ----------
+    name : str
+        ``FORMAT-CLASS``, and for a plan the GPU's compute capability: ``onnx-int8``, ``tensorrt-fp16-sm86``.
+    format : str
+        ``onnx``, ``tensorrt``, or ``torch``: the backbone's own weights, run in fewer bits.
+    numeric_class : str
+        One of `NUMERIC_CLASSES`.
+    file, sha256 : str
+        The engine beside the report, and its digest (hex); empty for ``torch``.
+    embedding_id, head_id : str
+        Of the backbone that it was made from.
+    status : str
+        ``verified``, or ``unverified`` where it could not be run on the machine that made it.
+    kept : tuple of str
+        Layer families (`galembed.precision.FAMILIES`) left in float32.
+    fidelity, tolerance : mapping
+        How it compares with torch in float32 (`galembed.fidelity`), and what it may differ by.
+    settings : mapping
+        What decides how it computes: opset, calibration, compute capability.
+    input : mapping
+        The backbone's input contract, which is inside the engine.
+    versions : mapping
+        Of the tools that made it.
+    device : str
+        Where it was verified.
+    """
+
+    name: str
+    format: str
+    numeric_class: str
+    file: str
+    sha256: str
+    embedding_id: str
+    head_id: str
+    status: str
+    kept: tuple[str, ...] = ()
+    fidelity: Mapping[str, Any] = field(default_factory=dict)
+    tolerance: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    input: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    device: str = ""
+
+    def checked(self, backbone: Backbone, folder: Path | None = None) -> Path:
+        """Return the engine's file, checked to be the one on record, made from this backbone.
+
+        Parameters
+        ----------
+        backbone : Backbone
+        folder : Path, optional
+            Where the engine is; the backbone's engines unless given.
+
+        Raises
+        ------
+        ArtifactMismatch
+            If it was made from another backbone or head, or its file is missing or changed.
+        """
+        file = (folder or backbone.engines) / (self.file or f"{self.name}.json")
+        if self.embedding_id != backbone.embedding_id or self.head_id != backbone.head_id:
+            other, this = (
+                ("embedding_id " + self.embedding_id[:12], backbone.embedding_id[:12])
+                if self.embedding_id != backbone.embedding_id
+                else ("head_id " + self.head_id[:12], backbone.head_id[:12])
+            )
+            raise ArtifactMismatch(
+                f"{file} was exported from another backbone ({other}, this one is {this}); run `galembed export` again"
+            )
+        if self.file and (not file.exists() or file_digest(file) != self.sha256):
+            raise ArtifactMismatch(
+                f"{file} is missing or not the engine that was verified; run `galembed export` again"
+            )
+        return file
+
+
+def read_engine(report: Path) -> EngineRecord:
+    """Read an engine's report.
+
+    Raises
+    ------
+    ArtifactMismatch
+        If it is damaged, or of another format.
+    """
+    try:
+        data = json.loads(report.read_text(encoding="utf-8"))
+        version = data.pop("report_format", 1)
+        if version != ENGINE_FORMAT:
+            raise ArtifactMismatch(
+                f"{report} is of format {version}, and this galembed reads {ENGINE_FORMAT}; run `galembed export` again"
+            )
+        record = EngineRecord(**data | {"kept": tuple(data["kept"])})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, ArtifactMismatch):
+            raise
+        raise ArtifactMismatch(f"{report} is damaged: {error}; run `galembed export` again") from error
+    if record.name != report.stem or Path(record.file).name != record.file:
+        raise ArtifactMismatch(f"{report} is the report of {record.name!r}; run `galembed export` again")
+    return record
+
+
+def read_engines(backbone: Backbone) -> dict[str, EngineRecord | ArtifactMismatch]:
+    """Return the reports of a backbone's engines by name, or why one cannot be read; sorted, none checked."""
+    found: dict[str, EngineRecord | ArtifactMismatch] = {}
+    for report in sorted(backbone.engines.glob("[!.]*.json")):
+        try:
+            found[report.stem] = read_engine(report)
+        except ArtifactMismatch as fault:
+            found[report.stem] = fault
+    return found
+
+
+def write_report(record: EngineRecord, folder: Path) -> None:
+    """Write an engine's report, whole or not at all."""
+    partial = folder / f".{record.name}.json.{os.getpid()}"
+    partial.write_text(json.dumps({"report_format": ENGINE_FORMAT} | asdict(record), indent=2) + "\n", encoding="utf-8")
+    partial.replace(folder / f"{record.name}.json")
+
+
+def install(record: EngineRecord, made: Path | None, backbone: Backbone) -> Path:
+    """Move an engine and its report to a backbone's, in place of the earlier one; return the report's path.
+
+    Parameters
+    ----------
+    record : EngineRecord
+    made : Path, optional
+        The engine's file, on the same disk; it is moved. None for one that has no file.
+    backbone : Backbone
+    """
+    folder = backbone.engines
+    folder.mkdir(parents=True, exist_ok=True)
+    report = folder / f"{record.name}.json"
+    report.unlink(missing_ok=True)  # an engine without a report is not used
+    if made is not None:
+        made.replace(folder / record.file)
+    write_report(record, folder)
+    return report
