@@ -69,6 +69,8 @@ class VoteTrainer(lightning.LightningModule):  # type: ignore[misc]  # Lightning
         self.size = recipe.size or 0
         self.network = network
         freeze(network.encoder, recipe.trained_blocks)
+        if recipe.precision == "bf16":
+            _full_depthwise(network.encoder)
         if recipe.channels_last:
             network.encoder.to(memory_format=torch.channels_last)
         self.ema = ModelEmaV3(network, decay=recipe.ema, use_warmup=True) if recipe.ema else None
@@ -241,6 +243,22 @@ def freeze(encoder: nn.Module, blocks: int | None) -> None:
         group = group_with_matcher(named, encoder.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]
         for name, parameter in encoder.named_parameters():
             parameter.requires_grad_(group[name] >= group[behind] - blocks)
+
+
+class _FullDepthwise(nn.Conv2d):
+    """A depthwise convolution that autocast leaves in float32 on a CPU, where oneDNN has no fast kernel in bfloat16."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.device.type != "cpu":
+            return super().forward(input)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(input.float())
+
+
+def _full_depthwise(encoder: nn.Module) -> None:
+    for module in encoder.modules():
+        if type(module) is nn.Conv2d and 1 < module.groups == module.in_channels:
+            module.__class__ = _FullDepthwise  # its weights and their names stay
 
 
 def _frozen_to_eval(module: nn.Module) -> None:

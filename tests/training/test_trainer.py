@@ -249,6 +249,22 @@ def test_the_loss_is_computed_in_full_precision(tmp_path: Path, monkeypatch: pyt
     assert not equal(half, full)
 
 
+def test_on_a_cpu_bf16_leaves_depthwise_convolutions_in_full_precision(tmp_path: Path) -> None:
+    network, _ = made()
+    seen: dict[str, set[torch.dtype]] = {}
+    for name, layer in network.encoder.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            kind = "depthwise" if isinstance(layer, nn.Conv2d) and layer.groups > 1 else "other"
+            layer.register_forward_hook(
+                lambda _, inputs, output, kind=kind: seen.setdefault(kind, set()).add(output.dtype)
+            )
+    recipe = replace(made()[1], precision="bf16", ema=0.0, epochs=1)
+    before = set(network.state_dict())
+    fit(network, noise_images(8), noise_images(6, 1), recipe, tmp_path, machine=CPU)
+    assert seen == {"depthwise": {torch.float32}, "other": {torch.bfloat16}}
+    assert set(network.state_dict()) == before
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = VoteTrainer.loss
     monkeypatch.setattr(VoteTrainer, "loss", lambda *given: real(*given) * float("nan"))
