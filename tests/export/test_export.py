@@ -6,13 +6,17 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from export.onnx import export_onnx
+from export.engines import ExportReport, export_engines
+from export.trials import Evidence, gather
 from galembed.backbones import Backbone, load_backbone
 from galembed.cli import main
+from galembed.engines import read_engine
 from galembed.errors import BadRequest, EmbeddingDrift
-from galembed.fidelity import Fidelity, Tolerance, measure
-from galembed.runtimes import Embedded
+from galembed.fidelity import TOLERANCES, Fidelity, Tolerance, make_trial
 from galembed.runtimes.torch import TorchRuntime
+
+ANYTHING = Tolerance(-1.0, 0.0, np.inf, np.inf, np.inf)
+NOTHING = Tolerance(cosine_p1=1.1)
 
 
 @pytest.fixture
@@ -20,68 +24,120 @@ def copy(tiny_backbone: Backbone, tmp_path: Path) -> Backbone:
     return load_backbone(shutil.copytree(tiny_backbone.path, tmp_path / "copy"))
 
 
-class Skewed:
-    """Torch with an error in one number."""
-
-    engine, numeric_class = "skewed", "fp32"
-
-    def __init__(self, backbone: Backbone, amount: float) -> None:
-        self._torch, self._amount = TorchRuntime(backbone), amount
-
-    def embed(self, images: np.ndarray, kind: str) -> Embedded:
-        true = self._torch.embed(images, kind)
-        vectors = true.vectors.copy()
-        vectors[:, 0] += self._amount
-        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-        return Embedded(vectors.astype(np.float32), true.norms, true.predictions)
+@pytest.fixture(scope="module")
+def evidence(tiny_backbone: Backbone) -> Evidence:
+    """Forty images of blobs to compare on, 120 to search among, and 16 others to calibrate with."""
+    rng = np.random.default_rng(3)
+    y, x = np.mgrid[:32, :32] - 15.5
+    radius, ratio = rng.uniform(2, 8, (176, 1, 1, 1)), rng.uniform(1, 3, (176, 1, 1, 1))
+    blobs = rng.uniform(300, 9000, (176, 3, 1, 1)) * np.exp(-np.hypot(x, ratio * y) / radius)
+    flux = (blobs + rng.normal(0, 20, blobs.shape)).astype(np.float32)
+    trial = make_trial(TorchRuntime(tiny_backbone, device="cpu"), {"flux": flux[:40]}, {"flux": flux[40:160]})
+    return Evidence(trial, {"flux": flux[160:]}, "blobs")
 
 
-def test_torch_agrees_with_itself(tiny_backbone: Backbone) -> None:
-    fidelity = measure(TorchRuntime(tiny_backbone), TorchRuntime(tiny_backbone), tiny_backbone.samples())
-    assert fidelity.images == 8
-    assert fidelity.cosine_min == pytest.approx(1, abs=1e-6)
-    assert fidelity.norm_error == fidelity.prediction_error == 0
+@pytest.fixture(scope="module")
+def samples(tiny_backbone: Backbone) -> Evidence:
+    with gather(tiny_backbone, quiet=True) as found:
+        return found
 
 
-@pytest.mark.parametrize(("amount", "passes"), [(0.0, True), (0.1, False), (np.nan, False)])
-def test_the_gate_lets_through_only_what_agrees(tiny_backbone: Backbone, amount: float, passes: bool) -> None:
-    fidelity = measure(Skewed(tiny_backbone, amount), TorchRuntime(tiny_backbone), tiny_backbone.samples())
-    if passes:
-        Tolerance().require(fidelity)
-        return
-    with pytest.raises(EmbeddingDrift, match="smallest cosine"):
-        Tolerance().require(fidelity)
+def exported(
+    backbone: Backbone, precision: str, evidence: Evidence, tolerance: Tolerance | None = None
+) -> ExportReport:
+    report, *_ = export_engines(backbone, precision, evidence, tolerance=tolerance, quiet=True)
+    return report
 
 
-def test_every_number_out_of_bounds_is_named() -> None:
-    with pytest.raises(EmbeddingDrift, match=r"norm differs by 0\.5 .* a prediction differs by 0\.2"):
-        Tolerance().require(Fidelity(10, 1.0, 1.0, 0.5, 0.2))
-
-
-def test_an_installed_engine_has_its_report(copy: Backbone) -> None:
-    report = export_onnx(copy)
+def test_an_installed_engine_has_its_report(copy: Backbone, samples: Evidence) -> None:
+    report = exported(copy, "fp32", samples)
     stored = json.loads((copy.engines / "onnx-fp32.json").read_text())
     assert stored["embedding_id"] == copy.embedding_id
     assert stored["fidelity"]["images"] == 8
+    assert stored["input"] == json.loads(json.dumps(copy.contract.to_dict()))
+    assert {"torch", "onnx"} <= set(stored["versions"])
+    assert stored["device"]
     assert "equal to torch over 8 images" in str(report)
     assert [path.name for path in copy.engines.iterdir() if path.name.startswith(".")] == []
 
 
-def test_an_engine_that_drifts_is_not_installed_and_the_old_one_stays(copy: Backbone) -> None:
-    export_onnx(copy)
+def test_an_engine_that_drifts_is_not_installed_and_the_old_one_stays(copy: Backbone, samples: Evidence) -> None:
+    exported(copy, "fp32", samples)
     before = (copy.engines / "onnx-fp32.onnx").read_bytes()
     with pytest.raises(EmbeddingDrift, match="It was not installed"):
-        export_onnx(copy, tolerance=Tolerance(norm_error=0.0, prediction_error=0.0, cosine_min=1.1))
+        exported(copy, "fp32", samples, NOTHING)
     assert (copy.engines / "onnx-fp32.onnx").read_bytes() == before
     assert len(list(copy.engines.iterdir())) == 2
 
 
+def test_int8_is_smaller_and_says_how_it_was_calibrated(copy: Backbone, evidence: Evidence) -> None:
+    int8 = exported(copy, "int8", evidence, ANYTHING)
+    assert int8.megabytes < exported(copy, "fp32", evidence).megabytes
+    settings = read_engine(copy.engines / "onnx-int8.json").settings
+    assert settings["calibration"] in ("minmax", "percentile", "entropy")
+    assert settings["calibration"] == max(settings["cosine_p1_by_calibration"].items(), key=lambda pair: pair[1])[0]
+    assert settings["calibration_images"] == 16
+    assert 0.9 < int8.fidelity.cosine_p1 < 0.9999
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_fewer_bits_of_torch_are_an_engine_without_a_file(copy: Backbone, evidence: Evidence, precision: str) -> None:
+    reports = export_engines(copy, precision, evidence, tolerance=ANYTHING, quiet=True)
+    torch = next(report.record for report in reports if report.record.format == "torch")
+    assert torch.file == torch.sha256 == ""
+    assert torch.name == f"torch-{precision}"
+    assert not (copy.engines / f"torch-{precision}.onnx").exists()
+    assert 0.99 < reports[-1].fidelity.cosine_p1 < 1
+
+
+def test_what_hurts_most_is_left_in_float32(copy: Backbone, evidence: Evidence) -> None:
+    worst = exported(copy, "int8", evidence, ANYTHING).fidelity
+    midway = Tolerance(worst.cosine_p1 + 0.25 * (1 - worst.cosine_p1), 0.0, np.inf, np.inf, np.inf)
+    mixed = exported(copy, "int8", evidence, midway)
+    assert mixed.record.kept
+    assert mixed.fidelity.cosine_p1 >= midway.cosine_p1
+    alone = {name: found.cosine_p1 for name, found in mixed.tried.items() if "+" not in name and name != "nothing"}
+    assert mixed.record.kept[0] == max(alone, key=lambda name: alone[name])
+    assert read_engine(copy.engines / "onnx-int8.json").kept == mixed.record.kept
+
+
+def test_what_was_tried_is_told_when_nothing_helps(copy: Backbone, evidence: Evidence) -> None:
+    with pytest.raises(EmbeddingDrift, match=r"(?s)onnx-int8 differs .* left in float32, .*\n +nothing .*\n +stem "):
+        exported(copy, "int8", evidence, NOTHING)
+    assert not list(copy.engines.iterdir())
+
+
+def test_int8_without_anything_to_calibrate_with_is_refused(copy: Backbone, samples: Evidence) -> None:
+    with pytest.raises(BadRequest, match="--calibrate SOURCE"):
+        exported(copy, "int8", samples)
+
+
+def test_every_number_out_of_bounds_is_named() -> None:
+    found = Fidelity(10, cosine_p1=1.0, norm_error=0.5, prediction_error=0.2, overlap=0.5, probe_drop=0.1)
+    with pytest.raises(
+        EmbeddingDrift,
+        match=r"overlap of .* norms differ by 0\.5 .* predictions differ by 0\.2 .* probe accuracy drops",
+    ):
+        Tolerance().require(found)
+
+
+@pytest.mark.parametrize(("precision", "cosine"), [("fp32", 0.99999), ("fp16", 0.999), ("bf16", 0.999), ("int8", 0.99)])
+def test_each_numeric_class_has_its_bounds(precision: str, cosine: float) -> None:
+    assert TOLERANCES[precision].cosine_p1 == cosine
+
+
 def test_the_command_exits_1_where_they_differ(copy: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("export.onnx.Tolerance", lambda: Tolerance(cosine_min=1.1))
-    result = CliRunner().invoke(main, ["export", str(copy.path)])
+    monkeypatch.setitem(TOLERANCES, "fp32", NOTHING)
+    result = CliRunner().invoke(main, ["export", str(copy.path), "--quiet"])
     assert result.exit_code == 1
-    assert result.output.startswith("Error: the engine differs from torch over 8 images")
+    assert "Error: onnx-fp32 differs from torch over 8 images" in result.output
     assert not (copy.engines / "onnx-fp32.onnx").exists()
+
+
+def test_the_command_asks_for_enough_to_prove_fewer_bits_on(copy: Backbone) -> None:
+    result = CliRunner().invoke(main, ["export", str(copy.path), "--precision", "int8", "--quiet"])
+    assert result.exit_code == 1
+    assert "at least 1,000 cutouts, and there are 8; give a larger --verify SOURCE" in result.output
 
 
 def test_without_samples_there_is_nothing_to_prove_it_on(copy: Backbone) -> None:
@@ -89,13 +145,25 @@ def test_without_samples_there_is_nothing_to_prove_it_on(copy: Backbone) -> None
 
     empty = {name: values[:0] for name, values in copy.samples().items()}
     save_file(empty, copy.path / "samples.safetensors")
-    with pytest.raises(BadRequest, match="--verify SOURCE"):
-        export_onnx(copy)
+    with pytest.raises(BadRequest, match="--verify SOURCE"), gather(copy, quiet=True):
+        pass
 
 
 @pytest.mark.shared_data
 def test_real_cutouts_can_be_verified_on(copy: Backbone, shared_data: Path) -> None:
     from galembed.sources import open_source
 
-    report = export_onnx(copy, verify=open_source(shared_data / "fits" / "decals_grz_cubes"))
-    assert report.fidelity.images == 6 + 4  # the cubes that can be read, and the display samples
+    with gather(copy, open_source(shared_data / "fits" / "decals_grz_cubes"), calibration=0, quiet=True) as found:
+        assert exported(copy, "fp32", found).fidelity.images == 6 + 4 + 4  # cubes that can be read, and the samples
+
+
+@pytest.mark.shared_data
+def test_no_cutout_has_two_uses(copy: Backbone, shared_data: Path) -> None:
+    from galembed.sources import open_source
+
+    reader = open_source(shared_data / "fits" / "decals_grz_cubes")
+    with gather(copy, reader, calibration=2, images=2, gallery=50, quiet=True) as found:
+        own = found.trial.images["flux"][len(copy.samples()["flux"]) :]
+        parts = [found.calibration["flux"], own, found.trial.gallery["flux"]]
+        assert [len(part) for part in parts] == [2, 2, 2]
+        assert len(np.unique(np.concatenate([np.nan_to_num(part).reshape(2, -1) for part in parts]), axis=0)) == 6

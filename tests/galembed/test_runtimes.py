@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export.onnx import export_onnx
+from export.engines import export_engines
+from export.trials import gather
 from galembed.backbones import Backbone, load_backbone
 from galembed.errors import ArtifactMismatch, ArtifactNotFound, BadRequest
 from galembed.runtimes import Runtime, choose_runtime, open_runtime
@@ -19,7 +20,8 @@ from galembed.runtimes.torch import TorchRuntime
 def exported(tiny_backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Backbone:
     path = tmp_path_factory.mktemp("exported") / "tiny"
     shutil.copytree(tiny_backbone.path, path)
-    export_onnx(load_backbone(path))
+    with gather(load_backbone(path), quiet=True) as evidence:
+        export_engines(load_backbone(path), "fp32", evidence, quiet=True)
     return load_backbone(path)
 
 

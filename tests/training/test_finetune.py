@@ -16,7 +16,8 @@ from astropy.table import Table
 from click.testing import CliRunner
 from sklearn.metrics import balanced_accuracy_score, root_mean_squared_error
 
-from export.onnx import export_onnx
+from export.engines import export_engines
+from export.trials import gather
 from galembed.backbones import Backbone, FieldOfView, InputContract, load_backbone, save_backbone
 from galembed.cli import main
 from galembed.errors import BadRequest
@@ -257,7 +258,9 @@ def test_classes_are_weighed_equally_unless_told_otherwise(tiny_backbone: Backbo
 def test_export_and_embed_take_the_new_head(tiny_backbone: Backbone, folder: Path, tmp_path: Path) -> None:
     labelled = kinds(folder)
     backbone = finetune(tiny_backbone, labelled, tmp_path / "b", folds=0).backbone
-    assert export_onnx(backbone).fidelity.prediction_error < 1e-4
+    with gather(backbone, quiet=True) as evidence:
+        (report,) = export_engines(backbone, "fp32", evidence, quiet=True)
+    assert report.fidelity.prediction_error < 1e-4
     store = tmp_path / "s.lance"
     arguments = ["embed", folder, "--store", store, "--workers", "1", "--quiet", "--backbone"]
     result = CliRunner().invoke(main, list(map(str, [*arguments, backbone.path])))

@@ -252,7 +252,7 @@ def test_the_loss_is_computed_in_full_precision(tmp_path: Path, monkeypatch: pyt
 def test_on_a_cpu_bf16_leaves_depthwise_convolutions_in_full_precision(tmp_path: Path) -> None:
     network, _ = made()
     seen: dict[str, set[torch.dtype]] = {}
-    for name, layer in network.encoder.named_modules():
+    for layer in network.encoder.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             kind = "depthwise" if isinstance(layer, nn.Conv2d) and layer.groups > 1 else "other"
             layer.register_forward_hook(

@@ -1,0 +1,263 @@
+"""Engines made, proved on cutouts, and installed; where fewer bits hurt, with what hurts most left in float32."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final
+
+from export.int8 import METHODS, calibrate, node_families, quantise
+from export.onnx import write_graph
+from export.trials import Evidence
+from galembed.backbones import Backbone, file_digest
+from galembed.engines import EngineRecord, install
+from galembed.errors import BadRequest, EmbeddingDrift
+from galembed.fidelity import TOLERANCES, Fidelity, Tolerance, Trial, compare
+from galembed.precision import FAMILIES, layer_families
+from galembed.progress import progress
+from galembed.runtimes.machine import cpu_name, gpu_name
+from galembed.runtimes.onnx import OnnxRuntime
+from galembed.runtimes.protocol import Runtime
+from galembed.runtimes.torch import TorchRuntime, load_network
+
+logger = logging.getLogger(__name__)
+
+FORMATS: Final = {"fp32": ("onnx",), "fp16": ("onnx", "torch"), "bf16": ("torch",), "int8": ("onnx",)}
+"""What is made of each numeric class, beside TensorRT plans. ONNX Runtime has no bfloat16 convolutions on a CPU."""
+
+_TOOLS: Final = ("torch", "timm", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")
+_FEW_IMAGES: Final = 250
+_FEW_SEARCHED: Final = 1000
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """An installed engine.
+
+    Attributes
+    ----------
+    record : EngineRecord
+    fidelity : Fidelity
+    megabytes : float
+        0 for torch in fewer bits, which has no file of its own.
+    tried : mapping of str to Fidelity
+        What else was tried, by the layer families left in float32.
+    """
+
+    record: EngineRecord
+    fidelity: Fidelity
+    megabytes: float
+    tried: dict[str, Fidelity] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        size = f" ({self.megabytes:.1f} MB)" if self.megabytes else ""
+        kept = f", with {' and '.join(self.record.kept)} layers in float32" if self.record.kept else ""
+        return f"{self.record.name}{size}{kept}: equal to torch {self.fidelity}"
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """An engine that is not installed yet."""
+
+    record: EngineRecord
+    file: Path | None
+    runtime: Runtime
+
+
+def export_engines(
+    backbone: Backbone,
+    precision: str,
+    evidence: Evidence,
+    *,
+    tolerance: Tolerance | None = None,
+    quiet: bool = False,
+) -> list[ExportReport]:
+    """Make, prove and install a backbone's engines of one numeric class.
+
+    One that differs too much is made again with more and more layer families in float32, those first that cost most
+    fidelity, before it is given up.
+
+    Parameters
+    ----------
+    backbone : Backbone
+    precision : str
+        ``fp32``, ``fp16``, ``bf16`` or ``int8``.
+    evidence : Evidence
+        See `export.trials.gather`.
+    tolerance : Tolerance, optional
+        The class's own unless given.
+
+    Raises
+    ------
+    EmbeddingDrift
+        If an engine differs from torch by more than the tolerance whatever is left in float32. It is not installed; an
+        earlier one stays.
+    BadRequest
+        If there is no such class, or nothing to calibrate int8 with.
+    """
+    if precision not in FORMATS:
+        raise BadRequest(f"numeric class {precision!r} is unknown; choose one of {', '.join(FORMATS)}")
+    tolerance = tolerance or TOLERANCES[precision]
+    if precision == "int8" and not evidence.calibration:
+        raise BadRequest("int8 needs cutouts to find its ranges with; give some with --calibrate SOURCE")
+    reports = []
+    for engine_format in FORMATS[precision]:
+        backbone.engines.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=backbone.engines, prefix=".export-") as scratch:
+            workshop = _Workshop(backbone, engine_format, precision, evidence, tolerance, Path(scratch), quiet)
+            reports.append(workshop.export())
+    return reports
+
+
+class _Workshop:
+    """Makes the engines of one format and numeric class until one is good enough."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        engine_format: str,
+        precision: str,
+        evidence: Evidence,
+        tolerance: Tolerance,
+        folder: Path,
+        quiet: bool,
+    ) -> None:
+        self.backbone, self.format, self.precision = backbone, engine_format, precision
+        self.evidence, self.tolerance, self.folder, self.quiet = evidence, tolerance, folder, quiet
+        self.name = f"{engine_format}-{precision}"
+        self.settings: dict[str, object] = {"proved_on": evidence.sources}
+        self.tried: dict[str, Fidelity] = {}
+        self._make: Callable[[tuple[str, ...]], Path | None] = self._graph if engine_format == "onnx" else self._nothing
+        if precision == "int8":
+            self._make = self._int8()
+
+    def export(self) -> ExportReport:
+        """Install the first engine that is good enough."""
+        for kept in self._attempts():
+            candidate = self.build(kept)
+            fidelity = self.compared(candidate, self.evidence.trial, kept)
+            if not self.tolerance.faults(fidelity):
+                return self.installed(candidate, fidelity)
+            logger.info("%s: %s", self.name, "; ".join(self.tolerance.faults(fidelity)))
+        raise EmbeddingDrift(self._refusal())
+
+    def _attempts(self) -> Iterator[tuple[str, ...]]:
+        yield ()
+        families = self._families()
+        if self.precision == "fp32" or len(families) < 2:
+            return
+        few = self.evidence.trial.part(_FEW_IMAGES, _FEW_SEARCHED)
+        gained = {family: self.compared(self.build((family,)), few, (family,)) for family in families}
+        ranked = sorted(families, key=lambda family: -gained[family].cosine_p1)
+        for count in range(1, len(ranked)):
+            yield tuple(ranked[:count])
+
+    def _families(self) -> list[str]:
+        """Return the layer families of the encoder, the dearest last."""
+        present = set(layer_families(load_network(self.backbone).encoder).values())
+        quantised = set(FAMILIES) - ({"norm"} if self.precision == "int8" else set())
+        return [family for family in FAMILIES if family in present & quantised]
+
+    def compared(self, candidate: _Candidate, trial: Trial, kept: Sequence[str]) -> Fidelity:
+        """Compare an engine with torch, and remember the outcome."""
+        total = len(trial.truth.norms) + (len(trial.gallery_truth.norms) if trial.gallery_truth else 0)
+        what = f"{self.name} with {', '.join(kept)} in float32" if kept else self.name
+        with progress(what, total, quiet=self.quiet) as advance:
+            fidelity = compare(candidate.runtime, trial, advance)
+        self.tried[" + ".join(kept) or "nothing"] = fidelity
+        return fidelity
+
+    def build(self, kept: tuple[str, ...]) -> _Candidate:
+        """Make an engine with these layer families in float32."""
+        file = self._make(kept)
+        record = EngineRecord(
+            name=self.name,
+            format=self.format,
+            numeric_class=self.precision,
+            file=f"{self.name}.onnx" if file else "",
+            sha256=file_digest(file) if file else "",
+            embedding_id=self.backbone.embedding_id,
+            head_id=self.backbone.head_id,
+            status="verified",
+            kept=kept,
+            tolerance=asdict(self.tolerance),
+            settings=self.settings,
+            input=self.backbone.contract.to_dict(),
+            versions=_versions(),
+            device=gpu_name() if self.format == "torch" and gpu_name() else cpu_name(),
+        )
+        return _Candidate(record, file, self._runtime(record))
+
+    def _runtime(self, record: EngineRecord) -> Runtime:
+        if self.format == "onnx":
+            return OnnxRuntime(self.backbone, record, engines=self.folder)
+        return TorchRuntime(self.backbone, record=record, device="auto")
+
+    def installed(self, candidate: _Candidate, fidelity: Fidelity) -> ExportReport:
+        """Move an engine and its report to the backbone's."""
+        record = replace(candidate.record, fidelity=fidelity.to_dict())
+        report = install(record, candidate.file, self.backbone)
+        file = report.with_name(record.file) if record.file else None
+        return ExportReport(record, fidelity, file.stat().st_size / 1e6 if file else 0.0, dict(self.tried))
+
+    def _nothing(self, kept: tuple[str, ...]) -> None:
+        return None
+
+    def _graph(self, kept: tuple[str, ...]) -> Path:
+        file = self.folder / f"{self.name}.onnx"
+        self.settings["opset"] = write_graph(self.backbone, file, precision=self.precision, kept=kept)
+        return file
+
+    def _int8(self) -> Callable[[tuple[str, ...]], Path]:
+        """Find the ranges by every method, choose one by the fidelity that it gives, and return what quantises."""
+        graph, file = self.folder / "fp32.onnx", self.folder / f"{self.name}.onnx"
+        opset = write_graph(self.backbone, graph)
+        families = node_families(graph, self.backbone)
+        (kind, images), *_ = self.evidence.calibration.items()
+        self.settings |= {"opset": opset, "calibration_images": len(images)}
+        few = self.evidence.trial.part(_FEW_IMAGES, _FEW_SEARCHED)
+        chosen: dict[str, float] = {}
+
+        def made_by(method: str) -> Callable[[tuple[str, ...]], Path]:
+            def make(kept: tuple[str, ...]) -> Path:
+                quantise(graph, file, families, method, self.folder / f"{method}.json", kept)
+                return file
+
+            return make
+
+        for method in METHODS:
+            calibrate(graph, images, kind, method, self.folder / f"{method}.json")
+            self._make = made_by(method)
+            chosen[method] = compare(self.build(()).runtime, few).cosine_p1
+        best = max(chosen, key=lambda method: chosen[method])
+        self.settings |= {"calibration": best, "cosine_p1_by_calibration": chosen}
+        return made_by(best)
+
+    def _refusal(self) -> str:
+        rows = "\n".join(
+            f"  {kept:<40} {found.cosine_p1:>10.6f} {found.overlap:>8.4f}" for kept, found in self.tried.items()
+        )
+        worst = self.tried["nothing"]
+        return (
+            f"{self.name} differs from torch over {worst.images:,} images: {'; '.join(self.tolerance.faults(worst))}. "
+            f"It was not installed; torch still runs this backbone (--runtime torch)"
+            + (
+                f". What was left in float32, and what that gave:\n  {'':<40} {'cosine p1':>10} {'overlap':>8}\n{rows}"
+                if len(self.tried) > 1
+                else ""
+            )
+        )
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _TOOLS:
+        try:
+            found[name] = version(name)
+        except ModuleNotFoundError:  # one of the two onnxruntime wheels is not there
+            continue
+    return found
