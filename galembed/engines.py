@@ -36,7 +36,8 @@ class EngineRecord:
     embedding_id, head_id : str
         Of the backbone that it was made from.
     status : str
-        ``verified``, or ``unverified`` where it could not be run on the machine that made it.
+        ``verified``; ``unverified`` where it could not be run on the machine that made it; ``refused`` where it was run
+        later and differed from torch.
     kept : tuple of str
         Layer families (`galembed.precision.FAMILIES`) left in float32.
     fidelity, tolerance : mapping

@@ -64,28 +64,31 @@ def choose_runtime(backbone: Backbone, runtime: str = "auto", *, precision: str 
         If the backbone has no such engine.
     ArtifactMismatch
         If the engine that is named, or the weights, are not the ones on record.
+    EmbeddingDrift
+        If the engine that is named was found, now or before, to differ from torch.
     """
     if runtime not in RUNTIMES:
         raise BadRequest(f"runtime {runtime!r} is unknown; choose one of {', '.join(RUNTIMES)}")
     if precision not in NUMERIC_CLASSES:
         raise BadRequest(f"numeric class {precision!r} is unknown; choose one of {', '.join(NUMERIC_CLASSES)}")
     passed_over: list[str] = []
-    fault: GalembedError | None = None
+    faults: list[GalembedError] = []
     for name, open_engine in _candidates(backbone, precision, threads):
         if runtime not in ("auto", name, name.partition("-")[0]):
             continue
         try:
             choice = Choice(open_engine(), tuple(passed_over))
         except GalembedError as error:
-            fault = error
-            passed_over.append(f"{name}: {error}")
+            faults.append(error)
+            if (reason := f"{name}: {error}") not in passed_over:
+                passed_over.append(reason)
             if isinstance(error, ArtifactMismatch):
                 logger.warning("%s", error)
         else:
             logger.info("%s", choice)
             return choice
-    if fault is not None and runtime != "auto":
-        raise fault
+    if faults and runtime != "auto":
+        raise next((fault for fault in reversed(faults) if not isinstance(fault, BadRequest)), faults[-1])
     raise ArtifactNotFound(
         f"{backbone.engines} holds no {precision} engine that {'this machine' if runtime == 'auto' else runtime} can "
         f"run; make one with `galembed export --precision {precision}`"
@@ -123,8 +126,9 @@ def _opener(
             from galembed.runtimes.onnx import OnnxRuntime
 
             return OnnxRuntime(backbone, record, device=device, threads=threads)
+        from galembed.runtimes.proving import open_proved
         from galembed.runtimes.tensorrt import TensorRTRuntime
 
-        return TensorRTRuntime(backbone, record)
+        return open_proved(backbone, record, TensorRTRuntime)
 
     return open_engine
