@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from galembed.options import COLUMNS, parse_bands, parse_pairs, recognised, source_options
+from galembed.options import COLUMNS, parse_bands, parse_batch, parse_pairs, recognised, source_options
 
 
 @click.command()
@@ -15,10 +15,10 @@ from galembed.options import COLUMNS, parse_bands, parse_pairs, recognised, sour
 @click.option("--workers", type=click.IntRange(min=1), help="Local processes.  [default: one per core]")
 @click.option(
     "--batch",
-    default=32,
-    type=click.IntRange(min=1),
+    default="32",
+    metavar="N|auto",
     show_default=True,
-    help="Images per call of the engine.",
+    help="Images per call of the engine; auto measures which is fastest, once.",
 )
 @click.option("--carry", multiple=True, metavar="COLUMN", help="Catalogue column to keep in the store; repeatable.")
 @click.option("--retry-failed", is_flag=True, help="Try sources again that failed before.")
@@ -32,7 +32,7 @@ def embed(
     runtime: str,
     scheduler: str | None,
     workers: int | None,
-    batch: int,
+    batch: str,
     crop: float | None,
     survey: str | None,
     bands: tuple[str, ...],
@@ -77,7 +77,7 @@ def embed(
             runtime=runtime,
             scheduler=scheduler,
             workers=workers,
-            batch=batch,
+            batch=parse_batch(batch, "--batch"),
             retry_failed=retry_failed,
             max_failures=max_failures,
             progress=not quiet,

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final, Self
+from typing import Any, Final, Literal, Self
 
 import dask
 import pyarrow as pa
@@ -42,6 +42,7 @@ from catalogue_jobs.report import JobReport
 from galembed.backbones import Backbone, load_backbone
 from galembed.errors import ArtifactMismatch, BadRequest, SchemaMismatch
 from galembed.runtimes import Runtime, open_runtime
+from galembed.runtimes.batches import AUTO, best_batch
 from galembed.schemas import SOURCES, StoreContract, embeddings_schema
 from galembed.sources import SourceReader
 from galembed.store import JOB_FILE
@@ -88,7 +89,8 @@ class Work:
     runtime : str
     threads : int
         Of the engine.
-    batch : int
+    batch : int or str
+        ``auto`` has each worker find its own.
     """
 
     reader: SourceReader
@@ -98,7 +100,7 @@ class Work:
     numeric_class: str
     runtime: str
     threads: int
-    batch: int
+    batch: int | Literal["auto"]
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def embed(
     runtime: str = "auto",
     scheduler: str | None = None,
     workers: int | None = None,
-    batch: int = BATCH,
+    batch: int | Literal["auto"] = BATCH,
     rows_per_partition: int = ROWS_PER_PARTITION,
     retry_failed: bool = False,
     max_failures: float | None = None,
@@ -143,8 +145,9 @@ def embed(
         Address of a Dask scheduler, whose workers see the same paths; local processes without one.
     workers : int, optional
         Local processes; one per core unless given.
-    batch : int
-        Images given to the engine at once.
+    batch : int or str
+        Images given to the engine at once; ``auto`` has what is fastest measured (`galembed.runtimes.batches`), once
+        for local processes, which are alike, and by each worker of a scheduler.
     rows_per_partition : int
         Sources in a unit of work, at most.
     retry_failed : bool
@@ -212,8 +215,15 @@ def _run(job: _Job, work: Work, scheduler: str | None, workers: int | None, rows
         limit = min(rows_per_partition, max(_SMALLEST_PARTITION, share))
         table, parts = in_order(job.todo.table, partitions(job.todo.table, limit))
         job.announce(len(parts))
+        work = replace(work, threads=threads)
         try:
-            _work_off(client, replace(work, threads=threads), table, parts, job)
+            if scheduler is None and work.batch == AUTO:
+                work = replace(work, batch=client.submit(batch_task, work).result())
+            _work_off(client, work, table, parts, job)
+        except KilledWorker as error:  # of a partition, it is dealt with there
+            raise BadRequest(
+                "the worker process died while the best batch was measured; give --batch a number"
+            ) from error
         except (CancelledError, CommClosedError) as error:
             raise BadRequest(
                 f"lost the Dask scheduler {scheduler or ''} ({type(error).__name__}); "
@@ -274,6 +284,7 @@ class _WorkerDiedError(UnexpectedError):
 
 
 _engines: dict[tuple[Any, ...], tuple[Backbone, Runtime]] = {}
+_batches: dict[tuple[Any, ...], int] = {}
 _engines_lock = threading.Lock()
 
 
@@ -305,6 +316,18 @@ def _engine(work: Work) -> tuple[Backbone, Runtime]:
         return _engines[name]
 
 
+def batch_task(work: Work) -> int:
+    """Return how many images this process's engine is given at once, measured once where that is asked for."""
+    if work.batch != AUTO:
+        return work.batch
+    backbone, engine = _engine(work)
+    name = (engine.engine, work.reader.kind, work.threads)
+    with _engines_lock:
+        if name not in _batches:
+            _batches[name] = best_batch(engine, backbone, work.reader.kind, threads=work.threads)
+        return _batches[name]
+
+
 def embed_task(work: Work, partition: str, rows: pa.Table) -> Result:
     """Embed one partition in a worker and write its rows as fragments, unseen until they are committed."""
     backbone, engine = _engine(work)
@@ -312,7 +335,7 @@ def embed_task(work: Work, partition: str, rows: pa.Table) -> Result:
     if schema is None:
         raise BadRequest(f"worker {socket.gethostname()} sees no store at {work.store}; use a path that all share")
     outcome = embed_partition(
-        rows, work.reader, engine, backbone.contract, schema, partition=partition, batch=work.batch
+        rows, work.reader, engine, backbone.contract, schema, partition=partition, batch=batch_task(work)
     )
     start = time.perf_counter()
     fragments = write_fragments(work.store, outcome.embeddings)
@@ -596,9 +619,10 @@ def _check_store(store: Path, backbone: Backbone, source: SourceReader) -> None:
         contract.require_same(StoreContract.from_schema(ours))
 
 
-def _check_options(workers: int | None, batch: int, rows_per_partition: int, max_failures: float | None) -> None:
-    for name, value in (("workers", workers), ("batch", batch), ("rows_per_partition", rows_per_partition)):
-        if value is not None and value < 1:
+def _check_options(workers: int | None, batch: int | str, rows_per_partition: int, max_failures: float | None) -> None:
+    counts = {"workers": workers, "batch": 1 if batch == AUTO else batch, "rows_per_partition": rows_per_partition}
+    for name, value in counts.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
             raise BadRequest(f"{name} must be at least 1, got {value}")
     if max_failures is not None and not 0 <= max_failures <= 1:
         raise BadRequest(f"max_failures is a fraction between 0 and 1, got {max_failures}")

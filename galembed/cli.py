@@ -21,6 +21,7 @@ COMMANDS: Final = {
     "finetune": ("training.commands.finetune", "Teach a backbone to answer your own labels."),
     "study": ("training.commands.study", "Measure what data, size, weights and labels are worth, with error bars."),
     "export": ("export.commands", "Compile a backbone to ONNX and prove it equal."),
+    "bench": ("galembed.bench.command", "Measure how fast a backbone's engines are on this machine."),
     "questions": ("galembed.commands", "List Galaxy Zoo's questions by campaign, or draw one campaign's."),
     "surveys": ("galembed.commands", "List the surveys that are read, and where each number is from."),
     "look": ("galembed.commands", "Draw a sample of a survey as the backbone will see it."),

@@ -1,10 +1,10 @@
-"""What `galembed embed` and `galembed look` share: the options that describe a source, and what it was taken for."""
+"""What commands share: the options that describe a source, what it was taken for, and how a batch is written."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import reduce
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 import click
 
@@ -90,6 +90,21 @@ def parse_pairs(options: tuple[str, ...], name: str, allowed: tuple[str, ...]) -
                 f"{key}={value}: write one of {', '.join(allowed)}, an = sign and a name", param_hint=name
             )
     return pairs
+
+
+def parse_batch(text: str, name: str) -> int | Literal["auto"]:
+    """Return images per call: a number of at least 1, or ``auto``.
+
+    Raises
+    ------
+    click.BadParameter
+        If it is neither.
+    """
+    if text.strip() == "auto":
+        return "auto"
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise click.BadParameter(f"{text!r} is no number of images; write one of at least 1, or auto", param_hint=name)
+    return int(text)
 
 
 def recognised(reader: SourceReader) -> str:

@@ -19,6 +19,7 @@ HEAVY = (
     "distributed",
     "onnxruntime",
     "tensorrt",
+    "tensorrt_rtx",
     "lightning",
     "sklearn",
 )
@@ -26,6 +27,7 @@ HEAVY = (
 # Each room imports only from rooms of a lower number.
 FLOORS = {
     "galembed.errors": 0,
+    "galembed.progress": 0,
     "galembed.hats": 1,
     "galembed.photometry": 1,
     "galembed.mappings": 2,
@@ -57,6 +59,7 @@ FLOORS = {
     "galembed.backbone_pages": 10,
     "galembed.survey_pages": 10,
     "galembed.looks": 10,
+    "galembed.bench": 11,
     "galembed.commands": 11,
     "galembed.cli": 12,
     "training": 11,
@@ -69,10 +72,28 @@ FORBIDDEN = {
     "galembed": {"training", "export", "catalogue_jobs", "dask", "distributed", "galsim", "lightning"},
     "training": {"export", "catalogue_jobs", "dask", "distributed", "lancedb", "lance"},
     "export": {"training", "catalogue_jobs", "dask", "distributed", "lancedb", "lance"},
-    "catalogue_jobs": {"training", "export", "torch", "timm", "lancedb", "lance", "onnxruntime"},
+    "catalogue_jobs": {
+        "training",
+        "export",
+        "torch",
+        "timm",
+        "lancedb",
+        "lance",
+        "onnxruntime",
+        "tensorrt",
+        "tensorrt_rtx",
+    },
 }
 ONE_ROOM = {
-    "torch": ("galembed/network.py", "galembed/precision.py", "galembed/runtimes/torch.py", "training/", "export/"),
+    "torch": (
+        "galembed/network.py",
+        "galembed/precision.py",
+        "galembed/runtimes/floor.py",
+        "galembed/runtimes/tensorrt.py",
+        "galembed/runtimes/torch.py",
+        "training/",
+        "export/",
+    ),
     "timm": (
         "galembed/network.py",
         "training/weights/hub.py",
@@ -80,7 +101,9 @@ ONE_ROOM = {
         "training/recipe.py",
         "training/trainer.py",
     ),
-    "onnxruntime": ("galembed/runtimes/onnx.py",),
+    "tensorrt": ("galembed/runtimes/plans.py",),
+    "tensorrt_rtx": ("galembed/runtimes/plans.py",),
+    "onnxruntime": ("galembed/runtimes/onnx.py", "export/int8.py"),
     "lancedb": ("galembed/store/",),
     "lance": ("galembed/store/",),
     "dask": ("catalogue_jobs/",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import signal
@@ -15,9 +16,10 @@ from typing import Any
 import lance
 import pyarrow as pa
 import pytest
-from distributed import LocalCluster
+from distributed import Client, LocalCluster
 
 from catalogue_jobs import run
+from catalogue_jobs.partition import embed_partition
 from catalogue_jobs.report import JobReport
 from galembed.backbones import Backbone
 from galembed.errors import ArtifactMismatch, BadRequest, SchemaMismatch, StoreBusy
@@ -215,10 +217,41 @@ def test_an_unreachable_scheduler_is_named(job: Any, monkeypatch: pytest.MonkeyP
         job(FakeReader(3), scheduler="tcp://127.0.0.1:9")
 
 
-@pytest.mark.parametrize("option", [{"workers": 0}, {"batch": 0}, {"max_failures": 2.0}])
+@pytest.mark.parametrize("option", [{"workers": 0}, {"batch": 0}, {"batch": "all"}, {"max_failures": 2.0}])
 def test_options_without_sense_are_refused(job: Any, option: dict[str, Any]) -> None:
     with pytest.raises(BadRequest, match=next(iter(option))):
         job(FakeReader(3), **option)
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_a_batch_of_auto_is_measured_once_where_the_work_is_done(
+    job: Any, scheduler: str, monkeypatch: pytest.MonkeyPatch, local: bool
+) -> None:
+    """The cluster of these tests passes for one of local processes too."""
+    measured, used = [], []
+
+    def best(*_: object, threads: int) -> int:
+        measured.append(threads)
+        return 7
+
+    def embed_seen(*arguments: Any, batch: int, **options: Any) -> Any:
+        used.append(batch)
+        return embed_partition(*arguments, batch=batch, **options)
+
+    @contextlib.contextmanager
+    def client(*_: object) -> Iterator[tuple[Client, int]]:
+        with Client(scheduler, set_as_default=False) as found:
+            yield found, 1
+
+    monkeypatch.setattr(run, "best_batch", best)
+    monkeypatch.setattr(run, "embed_partition", embed_seen)
+    monkeypatch.setattr(run, "_batches", {})
+    monkeypatch.setattr(run, "_client", client)
+    report = job(FakeReader(150), batch="auto", scheduler=None if local else scheduler)
+    assert report.embedded == 150
+    assert measured == [1]
+    assert set(used) == {7}
+    assert len(used) > 1
 
 
 def test_a_partition_that_kills_workers_is_halved_down_to_its_culprit() -> None:
