@@ -19,9 +19,8 @@ from galembed.errors import BadRequest, EmbeddingDrift
 from galembed.fidelity import TOLERANCES, Fidelity, Tolerance, Trial, compare
 from galembed.precision import FAMILIES, layer_families
 from galembed.progress import progress
-from galembed.runtimes.machine import cpu_name, gpu_name
 from galembed.runtimes.onnx import OnnxRuntime
-from galembed.runtimes.protocol import Runtime
+from galembed.runtimes.proving import DeviceRuntime
 from galembed.runtimes.torch import TorchRuntime, load_network
 
 logger = logging.getLogger(__name__)
@@ -65,7 +64,7 @@ class _Candidate:
 
     record: EngineRecord
     file: Path | None
-    runtime: Runtime
+    runtime: DeviceRuntime
 
 
 def export_engines(
@@ -188,11 +187,11 @@ class _Workshop:
             settings=self.settings,
             input=self.backbone.contract.to_dict(),
             versions=_versions(),
-            device=gpu_name() if self.format == "torch" and gpu_name() else cpu_name(),
         )
-        return _Candidate(record, file, self._runtime(record))
+        runtime = self._runtime(record)
+        return _Candidate(replace(record, device=runtime.device), file, runtime)
 
-    def _runtime(self, record: EngineRecord) -> Runtime:
+    def _runtime(self, record: EngineRecord) -> DeviceRuntime:
         if self.format == "onnx":
             return OnnxRuntime(self.backbone, record, engines=self.folder)
         return TorchRuntime(self.backbone, record=record, device="auto")

@@ -269,5 +269,5 @@ def _proved_here(record: EngineRecord, backbone: Backbone, folder: Path) -> Engi
         return record
     found = judged(TensorRTRuntime(backbone, record, engines=folder), record, backbone)
     if found.status == "refused":
-        raise EmbeddingDrift(f"{refusal(found)}; it was not installed")
+        raise EmbeddingDrift(f"{refusal(found, found.device)}; it was not installed")
     return found

@@ -15,6 +15,9 @@ from galembed.errors import ArtifactMismatch
 NUMERIC_CLASSES: Final = ("fp32", "fp16", "bf16", "int8")
 """What an engine computes in. Vectors of different classes are not mixed in a store."""
 
+GPU: Final = "GPU "
+"""What the names of devices begin with that are no processors."""
+
 ENGINE_FORMAT: Final = 2
 """Of an engine's report."""
 
@@ -49,7 +52,9 @@ class EngineRecord:
     versions : mapping
         Of the tools that made it.
     device : str
-        Where it was verified.
+        Where it was verified: the processor's name, or ``GPU`` and the GPU's.
+    elsewhere : mapping of str to mapping
+        What was found on other devices, at its first run there: ``status``, ``fidelity``, and ``fault`` if refused.
     """
 
     name: str
@@ -67,6 +72,16 @@ class EngineRecord:
     input: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     device: str = ""
+    elsewhere: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def status_on(self, device: str) -> str:
+        """Return the status on a device. Float32 counts as proved on every processor once it is on one.
+
+        Fewer bits do not: processors without the instructions for them saturate, or compute in float32 instead.
+        """
+        if not self.device or device == self.device or (self.numeric_class == "fp32" and not device.startswith(GPU)):
+            return self.status
+        return str(self.elsewhere.get(device, {}).get("status", "unverified"))
 
     def checked(self, backbone: Backbone, folder: Path | None = None) -> Path:
         """Return the engine's file, checked to be the one on record, made from this backbone.

@@ -11,6 +11,7 @@ from galembed.backbones import Backbone
 from galembed.engines import NUMERIC_CLASSES, EngineRecord, read_engines
 from galembed.errors import ArtifactMismatch, ArtifactNotFound, BadRequest, GalembedError
 from galembed.runtimes.protocol import Runtime
+from galembed.runtimes.proving import open_proved
 
 logger = logging.getLogger(__name__)
 
@@ -120,13 +121,18 @@ def _opener(
         if library == "torch":
             from galembed.runtimes.torch import TorchRuntime
 
-            return TorchRuntime(backbone, device=device, record=record, threads=threads)
+            if record is None:
+                return TorchRuntime(backbone, device=device, threads=threads)
+            return open_proved(
+                backbone, record, lambda _, found: TorchRuntime(backbone, device=device, record=found, threads=threads)
+            )
         assert record is not None
         if library == "onnxruntime":
             from galembed.runtimes.onnx import OnnxRuntime
 
-            return OnnxRuntime(backbone, record, device=device, threads=threads)
-        from galembed.runtimes.proving import open_proved
+            return open_proved(
+                backbone, record, lambda _, found: OnnxRuntime(backbone, found, device=device, threads=threads)
+            )
         from galembed.runtimes.tensorrt import TensorRTRuntime
 
         return open_proved(backbone, record, TensorRTRuntime)

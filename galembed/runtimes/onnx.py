@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,8 +12,9 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from galembed.backbones import Backbone
-from galembed.engines import EngineRecord
+from galembed.engines import GPU, EngineRecord
 from galembed.errors import ArtifactMismatch, BadRequest
+from galembed.runtimes.machine import cpu_name, gpu_name
 from galembed.runtimes.protocol import Embedded, check_images, doors
 
 _PROVIDERS: Final = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -51,12 +54,19 @@ class OnnxRuntime:
     ) -> None:
         file = record.checked(backbone, engines)
         provider = _PROVIDERS[device]
+        _require_one_wheel()
         if provider not in onnxruntime.get_available_providers():
             raise BadRequest(f"this onnxruntime has no {provider}; install onnxruntime-gpu")
+        if device == "cuda" and not gpu_name():
+            raise BadRequest("ONNX Runtime finds no NVIDIA GPU on this machine (nvidia-smi names none)")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        # Ten bits of mantissa, which ONNX Runtime takes by default on a GPU, are no float32.
+        settings = {"use_tf32": "0"} if device == "cuda" else {}
+        if device == "cuda":
+            onnxruntime.preload_dlls()  # torch's own CUDA libraries serve
         try:
-            self._session = onnxruntime.InferenceSession(str(file), options, providers=[provider])
+            self._session = onnxruntime.InferenceSession(str(file), options, providers=[(provider, settings)])
         except Exception as error:  # its errors have no common class
             raise ArtifactMismatch(f"ONNX Runtime cannot read {file}: {error}; run `galembed export` again") from error
         if self._session.get_providers()[0] != provider:
@@ -64,6 +74,7 @@ class OnnxRuntime:
                 f"ONNX Runtime did not take {provider}: this machine has no GPU or no CUDA libraries for it"
             )
         self._backbone = backbone
+        self.device = GPU + gpu_name() if device == "cuda" else cpu_name()
         self.numeric_class = record.numeric_class
         self.engine = f"onnxruntime-{device}-{self.numeric_class}:{record.sha256[:12]}"
 
@@ -73,3 +84,25 @@ class OnnxRuntime:
         flux, display = doors(images, kind)
         outputs = self._session.run(None, {"flux": flux, "display": display})
         return Embedded(*(np.asarray(part) for part in outputs))
+
+
+@lru_cache(maxsize=1)
+def _require_one_wheel() -> None:
+    """Refuse an environment with both wheels of ONNX Runtime, which fill one folder: the last one installed is run.
+
+    Raises
+    ------
+    BadRequest
+        With how to be left with one.
+    """
+    found = []
+    for name in ("onnxruntime", "onnxruntime-gpu"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    if len(found) > 1:
+        raise BadRequest(
+            f"{' and '.join(found)} are installed over each other, and neither is whole; run "
+            "`pip uninstall onnxruntime onnxruntime-gpu`, then install the one you want"
+        )

@@ -1,24 +1,23 @@
-"""The first run of an engine that the machine that made it could not run: it is proved, or refused for good."""
+"""The first run of an engine on a device that it was not proved on: it is proved there, or refused for good."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from galembed.backbones import Backbone
 from galembed.engines import EngineRecord, read_engine, write_report
 from galembed.errors import BadRequest, EmbeddingDrift, GalembedError
 from galembed.fidelity import Tolerance, measure
 from galembed.runtimes.protocol import Runtime
-from galembed.runtimes.torch import TorchRuntime
 
 logger = logging.getLogger(__name__)
 
 
 class DeviceRuntime(Runtime, Protocol):
-    """A runtime that names its device, for the report."""
+    """A runtime that names its device, as reports do."""
 
     device: str
 
@@ -26,7 +25,7 @@ class DeviceRuntime(Runtime, Protocol):
 def open_proved(
     backbone: Backbone, record: EngineRecord, open_engine: Callable[[Backbone, EngineRecord], DeviceRuntime]
 ) -> Runtime:
-    """Load an engine; one that nothing has proved yet is proved first, and its report rewritten.
+    """Load an engine; what nothing has proved on this device yet is proved first, and its report rewritten.
 
     Parameters
     ----------
@@ -38,18 +37,20 @@ def open_proved(
     Raises
     ------
     EmbeddingDrift
-        If it differs from torch by more than its tolerance, now or when it was first run.
+        If it differs from torch by more than its tolerance, now or when it was first run here.
     BadRequest
         If the engine fails on the backbone's samples, or there are none.
     """
     if record.status == "refused":
-        raise EmbeddingDrift(refusal(record))
+        raise EmbeddingDrift(refusal(record, record.device))
     engine = open_engine(backbone, record)
-    if record.status != "verified":
-        found = judged(engine, record, backbone)
-        _rewrite(record, found, backbone)
-        if found.status == "refused":
-            raise EmbeddingDrift(refusal(found))
+    status = record.status_on(engine.device)
+    if status == "unverified":
+        record = judged(engine, record, backbone)
+        status = record.status_on(engine.device)
+        _rewrite(record, engine.device, backbone)
+    if status == "refused":
+        raise EmbeddingDrift(refusal(record, engine.device))
     return engine
 
 
@@ -59,13 +60,15 @@ def judged(engine: DeviceRuntime, record: EngineRecord, backbone: Backbone) -> E
     Returns
     -------
     EngineRecord
-        Of status ``verified``, or ``refused`` with the reason as ``fault`` in its fidelity.
+        Of status ``verified`` on the engine's device, or ``refused`` with the reason as ``fault`` in its fidelity.
 
     Raises
     ------
     BadRequest
         If the engine fails on the backbone's samples, or there are none.
     """
+    from galembed.runtimes.torch import TorchRuntime
+
     samples = {kind: images for kind, images in backbone.samples().items() if len(images)}
     if not samples:
         raise BadRequest(f"{backbone.path} has no samples to prove {record.name} on; make the backbone with some")
@@ -75,27 +78,30 @@ def judged(engine: DeviceRuntime, record: EngineRecord, backbone: Backbone) -> E
     except RuntimeError as error:  # what torch makes of CUDA's errors
         raise BadRequest(f"{record.name} fails on {engine.device}: {error}; use --runtime torch") from error
     faults = Tolerance(**record.tolerance).faults(fidelity)
-    return replace(
-        record,
-        status="refused" if faults else "verified",
-        fidelity=fidelity.to_dict() | ({"fault": "; ".join(faults)} if faults else {}),
-        device=engine.device,
-    )
+    status = "refused" if faults else "verified"
+    found = fidelity.to_dict() | ({"fault": "; ".join(faults)} if faults else {})
+    if not record.device:
+        return replace(record, status=status, fidelity=found, device=engine.device)
+    here = {engine.device: {"status": status, "fidelity": found}}
+    return replace(record, elsewhere=dict(record.elsewhere) | here)
 
 
-def refusal(record: EngineRecord) -> str:
-    """Return why an engine was refused, in a sentence."""
+def refusal(record: EngineRecord, device: str) -> str:
+    """Return why an engine was refused on a device, in a sentence."""
+    fidelity: Mapping[str, Any] = record.fidelity
+    if device != record.device:
+        fidelity = record.elsewhere[device]["fidelity"]
     return (
-        f"{record.name} differs from torch on {record.device} and is not used: {record.fidelity.get('fault')}; "
+        f"{record.name} differs from torch on {device} and is not used: {fidelity.get('fault')}; "
         "export another precision"
     )
 
 
-def _rewrite(record: EngineRecord, found: EngineRecord, backbone: Backbone) -> None:
+def _rewrite(found: EngineRecord, device: str, backbone: Backbone) -> None:
     """Replace a report, unless the engine was exported anew meanwhile or the folder cannot be written to."""
     try:
-        if read_engine(backbone.engines / f"{record.name}.json").sha256 == record.sha256:
+        if read_engine(backbone.engines / f"{found.name}.json").sha256 == found.sha256:
             write_report(found, backbone.engines)
-            logger.info("%s was run on %s for the first time and is %s", found.name, found.device, found.status)
+            logger.info("%s was run on %s for the first time and is %s", found.name, device, found.status_on(device))
     except (GalembedError, OSError) as error:
-        logger.warning("the report of %s stays %s: %s", record.name, record.status, error)
+        logger.warning("what %s was found to be on %s cannot be kept: %s", found.name, device, error)

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from galembed.backbones import Backbone, cache_folder
-from galembed.engines import EngineRecord
+from galembed.engines import GPU, EngineRecord
 from galembed.errors import ArtifactMismatch, BadRequest
 from galembed.runtimes.plans import Library, PlanHeader, dotted, installed_for, messages, read_plan
 from galembed.runtimes.protocol import Embedded, check_images
@@ -123,7 +123,7 @@ class TensorRTRuntime:
         self._lock = threading.Lock()
         self._log = messages(library)
         self._gpu = torch.cuda.current_device()
-        self.device = torch.cuda.get_device_name(self._gpu)
+        self.device = GPU + torch.cuda.get_device_name(self._gpu)
         self.numeric_class = record.numeric_class
         self.engine = f"tensorrt-{self.numeric_class}:{record.sha256[:12]}"
         try:

@@ -9,10 +9,11 @@ import torch
 from numpy.typing import NDArray
 
 from galembed.backbones import Backbone
-from galembed.engines import EngineRecord
+from galembed.engines import GPU, EngineRecord
 from galembed.errors import BadRequest
 from galembed.network import GalaxyNetwork
 from galembed.precision import lower
+from galembed.runtimes.machine import cpu_name
 from galembed.runtimes.protocol import Embedded, check_images, doors
 
 
@@ -70,7 +71,11 @@ class TorchRuntime:
         network = lower(load_network(backbone), self.numeric_class, kept).to(self._device)
         if self._device.type == "cuda":
             network.encoder.to(memory_format=torch.channels_last)
+            if self.numeric_class == "fp32":
+                # Convolutions and products with ten bits of mantissa are no float32.
+                torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         self._network = network
+        self.device = GPU + torch.cuda.get_device_name() if self._device.type == "cuda" else cpu_name()
         self.engine = f"torch-{self._device.type}-{self.numeric_class}:{backbone.embedding_id[:12]}"
 
     def embed(self, images: NDArray[Any], kind: str) -> Embedded:

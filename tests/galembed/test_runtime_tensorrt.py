@@ -231,7 +231,7 @@ def test_a_folder_that_cannot_be_written_to_is_no_obstacle(
 
     monkeypatch.setattr("galembed.runtimes.proving.write_report", read_only)
     open_proved(copy, install_plan(copy, status="unverified"), FakePlanRuntime)
-    assert "stays unverified: read-only" in caplog.text
+    assert "cannot be kept: read-only" in caplog.text
 
 
 class TestOnAFakeGpu(RuntimeContract):
@@ -255,7 +255,7 @@ class TestOnAFakeGpu(RuntimeContract):
 
     def test_it_was_verified_when_it_was_opened(self, runtime: Runtime, exported: Backbone) -> None:
         assert runtime.engine.startswith("tensorrt-fp32:")
-        assert (stored(exported).status, stored(exported).device) == ("verified", "a fake GPU")
+        assert (stored(exported).status, stored(exported).device) == ("verified", "GPU a fake GPU")
 
     @pytest.mark.parametrize("images", [1, 63, 64, 129, 300])
     def test_batches_of_any_size_come_back_in_order(self, runtime: Runtime, exported: Backbone, images: int) -> None:

@@ -3,6 +3,8 @@
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,9 @@ import pytest
 from export.engines import export_engines
 from export.trials import gather
 from galembed.backbones import Backbone, load_backbone
-from galembed.errors import ArtifactMismatch, ArtifactNotFound, BadRequest
+from galembed.engines import read_engine, write_report
+from galembed.errors import ArtifactMismatch, ArtifactNotFound, BadRequest, EmbeddingDrift
+from galembed.fidelity import Tolerance
 from galembed.runtimes import Runtime, choose_runtime, open_runtime
 from galembed.runtimes.torch import TorchRuntime
 
@@ -20,9 +24,18 @@ from galembed.runtimes.torch import TorchRuntime
 def exported(tiny_backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Backbone:
     path = tmp_path_factory.mktemp("exported") / "tiny"
     shutil.copytree(tiny_backbone.path, path)
-    with gather(load_backbone(path), quiet=True) as evidence:
-        export_engines(load_backbone(path), "fp32", evidence, quiet=True)
+    backbone = load_backbone(path)
+    loose = Tolerance(0.98, 0.5, 0.5, 0.5, 1.0)
+    with gather(backbone, quiet=True) as found:
+        evidence = replace(found, calibration=found.trial.images)
+        export_engines(backbone, "fp32", evidence, quiet=True)
+        for precision in ("bf16", "int8"):
+            export_engines(backbone, precision, evidence, tolerance=loose, quiet=True)
     return load_backbone(path)
+
+
+AGREEMENT = {"fp32": 0.99999, "fp16": 0.999, "bf16": 0.99, "int8": 0.98}
+ROUNDING = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 2e-2, "int8": 1e-5}
 
 
 class RuntimeContract:
@@ -51,7 +64,15 @@ class RuntimeContract:
         images = exported.samples()["flux"]
         whole = runtime.embed(images, "flux").vectors
         parts = np.concatenate([runtime.embed(images[i : i + 1], "flux").vectors for i in range(len(images))])
-        np.testing.assert_allclose(whole, parts, atol=1e-5)
+        np.testing.assert_allclose(whole, parts, atol=ROUNDING[runtime.numeric_class])
+
+    def test_threads_do_not_disturb_one_another(self, runtime: Runtime, exported: Backbone) -> None:
+        batches = [exported.samples()[kind][[at]] for kind in ("flux", "display") for at in range(4)] * 4
+        kinds = ["flux" if batch.dtype == np.float32 else "display" for batch in batches]
+        alone = [runtime.embed(*pair).vectors for pair in zip(batches, kinds, strict=True)]
+        with ThreadPoolExecutor(4) as threads:
+            together = [one.vectors for one in threads.map(runtime.embed, batches, kinds)]
+        np.testing.assert_allclose(np.concatenate(together), np.concatenate(alone), atol=1e-6)
 
     def test_an_empty_batch_gives_no_rows(self, runtime: Runtime, exported: Backbone) -> None:
         result = runtime.embed(exported.samples()["flux"][:0], "flux")
@@ -63,13 +84,13 @@ class RuntimeContract:
         filled = np.nan_to_num(images)
         with_gap, without = runtime.embed(images, "flux").vectors, runtime.embed(filled, "flux").vectors
         assert np.isfinite(with_gap).all()
-        np.testing.assert_allclose(with_gap, without, atol=1e-6)
+        np.testing.assert_allclose(with_gap, without, atol=1e-6 if runtime.numeric_class == "fp32" else 1e-4)
 
     def test_it_agrees_with_torch(self, runtime: Runtime, exported: Backbone) -> None:
         reference = TorchRuntime(exported)
         for kind, images in exported.samples().items():
             cosine = (runtime.embed(images, kind).vectors * reference.embed(images, kind).vectors).sum(axis=1)
-            assert cosine.min() > 0.99999
+            assert cosine.min() > AGREEMENT[runtime.numeric_class]
 
     def test_input_that_breaks_the_contract_is_refused(self, runtime: Runtime, exported: Backbone) -> None:
         flux = exported.samples()["flux"]
@@ -85,6 +106,60 @@ class TestTorch(RuntimeContract):
     @pytest.fixture
     def runtime(self, exported: Backbone) -> Runtime:
         return open_runtime(exported, "torch", threads=1)
+
+
+class TestTorchInFewerBits(RuntimeContract):
+    @pytest.fixture
+    def runtime(self, exported: Backbone) -> Runtime:
+        return open_runtime(exported, "torch", precision="bf16", threads=1)
+
+
+class TestOnnxInt8(RuntimeContract):
+    @pytest.fixture
+    def runtime(self, exported: Backbone) -> Runtime:
+        return open_runtime(exported, precision="int8", threads=1)
+
+    def test_its_rows_say_so(self, runtime: Runtime) -> None:
+        assert runtime.engine.startswith("onnxruntime-cpu-int8:")
+
+    def test_a_first_run_on_another_processor_proves_it_there(
+        self, exported: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        copy = load_backbone(shutil.copytree(exported.path, tmp_path / "copy"))
+        monkeypatch.setattr("galembed.runtimes.onnx.cpu_name", lambda: "another processor")
+        assert open_runtime(copy, precision="int8").numeric_class == "int8"
+        found = read_engine(copy.engines / "onnx-int8.json")
+        assert found.status_on("another processor") == "verified"
+        assert found.device != "another processor"
+        assert found.elsewhere["another processor"]["fidelity"]["images"] == 8
+
+    def test_one_that_drifts_on_another_processor_is_refused_there_alone(
+        self, exported: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        copy = load_backbone(shutil.copytree(exported.path, tmp_path / "copy"))
+        record = read_engine(copy.engines / "onnx-int8.json")
+        write_report(replace(record, tolerance=dict(record.tolerance) | {"cosine_p1": 1.1}), copy.engines)
+        assert open_runtime(copy, precision="int8").numeric_class == "int8"
+        monkeypatch.setattr("galembed.runtimes.onnx.cpu_name", lambda: "another processor")
+        for _ in range(2):
+            with pytest.raises(EmbeddingDrift, match="differs from torch on another processor"):
+                open_runtime(copy, "onnxruntime", precision="int8")
+
+
+def test_float32_is_proved_on_every_processor_once_it_is_on_one(exported: Backbone) -> None:
+    record = read_engine(exported.engines / "onnx-fp32.json")
+    assert record.status_on("another processor") == "verified"
+    assert record.status_on("GPU of any kind") == "unverified"
+
+
+def test_both_wheels_of_onnxruntime_are_explained(exported: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    from galembed.runtimes import onnx
+
+    onnx._require_one_wheel.cache_clear()
+    monkeypatch.setattr(onnx, "version", lambda name: "1.31.1")
+    with pytest.raises(BadRequest, match=r"onnxruntime 1\.31\.1 and onnxruntime-gpu .* over each other"):
+        open_runtime(exported, "onnxruntime")
+    onnx._require_one_wheel.cache_clear()
 
 
 class TestOnnx(RuntimeContract):
