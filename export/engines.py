@@ -17,7 +17,7 @@ from galembed.backbones import Backbone, file_digest
 from galembed.engines import EngineRecord, install
 from galembed.errors import BadRequest, EmbeddingDrift
 from galembed.fidelity import TOLERANCES, Fidelity, Tolerance, Trial, compare
-from galembed.precision import FAMILIES, layer_families
+from galembed.precision import family_costs
 from galembed.progress import progress
 from galembed.runtimes.onnx import OnnxRuntime
 from galembed.runtimes.proving import DeviceRuntime
@@ -44,13 +44,16 @@ class ExportReport:
     megabytes : float
         0 for torch in fewer bits, which has no file of its own.
     tried : mapping of str to Fidelity
-        What else was tried, by the layer families left in float32.
+        All that was tried, by the layer families left in float32.
+    sensitivity : mapping of str to Fidelity
+        With nothing and with each family alone in float32, on a part of the images; empty where it was not needed.
     """
 
     record: EngineRecord
     fidelity: Fidelity
     megabytes: float
     tried: dict[str, Fidelity] = field(default_factory=dict)
+    sensitivity: dict[str, Fidelity] = field(default_factory=dict)
 
     def __str__(self) -> str:
         size = f" ({self.megabytes:.1f} MB)" if self.megabytes else ""
@@ -77,8 +80,8 @@ def export_engines(
 ) -> list[ExportReport]:
     """Make, prove and install a backbone's engines of one numeric class.
 
-    One that differs too much is made again with more and more layer families in float32, those first that cost most
-    fidelity, before it is given up.
+    One that differs too much is made again with more and more layer families in float32, those first that gain most
+    fidelity for their share of the multiplications, before it is given up.
 
     Parameters
     ----------
@@ -130,6 +133,7 @@ class _Workshop:
         self.name = f"{engine_format}-{precision}"
         self.settings: dict[str, object] = {"proved_on": evidence.sources}
         self.tried: dict[str, Fidelity] = {}
+        self.sensitivity: dict[str, Fidelity] = {}
         self._make: Callable[[tuple[str, ...]], Path | None] = self._graph if engine_format == "onnx" else self._nothing
         if precision == "int8":
             self._make = self._int8()
@@ -138,37 +142,37 @@ class _Workshop:
         """Install the first engine that is good enough."""
         for kept in self._attempts():
             candidate = self.build(kept)
-            fidelity = self.compared(candidate, self.evidence.trial, kept)
+            fidelity = self.tried[_words(kept)] = self.compared(candidate, self.evidence.trial, kept)
             if not self.tolerance.faults(fidelity):
                 return self.installed(candidate, fidelity)
             logger.info("%s: %s", self.name, "; ".join(self.tolerance.faults(fidelity)))
         raise EmbeddingDrift(self._refusal())
 
     def _attempts(self) -> Iterator[tuple[str, ...]]:
+        """Yield what is to stay in float32: nothing, then more and more, what gains most for its cost first."""
         yield ()
-        families = self._families()
-        if self.precision == "fp32" or len(families) < 2:
+        if self.precision == "fp32":
+            return
+        costs = family_costs(load_network(self.backbone), self.backbone.contract.size)
+        if self.precision == "int8":
+            costs.pop("norm", None)  # is in float32 in any case
+        if len(costs) < 2:
             return
         few = self.evidence.trial.part(_FEW_IMAGES, _FEW_SEARCHED)
-        gained = {family: self.compared(self.build((family,)), few, (family,)) for family in families}
-        ranked = sorted(families, key=lambda family: -gained[family].cosine_p1)
+        for kept in ((), *((family,) for family in costs)):
+            self.sensitivity[_words(kept)] = self.compared(self.build(kept), few, kept)
+        before = self.sensitivity[_words(())].cosine_p1
+        gains = {family: self.sensitivity[family].cosine_p1 - before for family in costs}
+        ranked = sorted(costs, key=lambda family: -gains[family] / max(costs[family], 1e-6))
         for count in range(1, len(ranked)):
             yield tuple(ranked[:count])
 
-    def _families(self) -> list[str]:
-        """Return the layer families of the encoder, the dearest last."""
-        present = set(layer_families(load_network(self.backbone).encoder).values())
-        quantised = set(FAMILIES) - ({"norm"} if self.precision == "int8" else set())
-        return [family for family in FAMILIES if family in present & quantised]
-
     def compared(self, candidate: _Candidate, trial: Trial, kept: Sequence[str]) -> Fidelity:
-        """Compare an engine with torch, and remember the outcome."""
+        """Compare an engine with torch."""
         total = len(trial.truth.norms) + (len(trial.gallery_truth.norms) if trial.gallery_truth else 0)
         what = f"{self.name} with {', '.join(kept)} in float32" if kept else self.name
         with progress(what, total, quiet=self.quiet) as advance:
-            fidelity = compare(candidate.runtime, trial, advance)
-        self.tried[" + ".join(kept) or "nothing"] = fidelity
-        return fidelity
+            return compare(candidate.runtime, trial, advance)
 
     def build(self, kept: tuple[str, ...]) -> _Candidate:
         """Make an engine with these layer families in float32."""
@@ -201,7 +205,7 @@ class _Workshop:
         record = replace(candidate.record, fidelity=fidelity.to_dict())
         report = install(record, candidate.file, self.backbone)
         file = report.with_name(record.file) if record.file else None
-        return ExportReport(record, fidelity, file.stat().st_size / 1e6 if file else 0.0, dict(self.tried))
+        return ExportReport(record, fidelity, file.stat().st_size / 1e6 if file else 0.0, self.tried, self.sensitivity)
 
     def _nothing(self, kept: tuple[str, ...]) -> None:
         return None
@@ -237,19 +241,22 @@ class _Workshop:
         return made_by(best)
 
     def _refusal(self) -> str:
-        rows = "\n".join(
-            f"  {kept:<40} {found.cosine_p1:>10.6f} {found.overlap:>8.4f}" for kept, found in self.tried.items()
-        )
-        worst = self.tried["nothing"]
-        return (
+        worst = self.tried[_words(())]
+        text = (
             f"{self.name} differs from torch over {worst.images:,} images: {'; '.join(self.tolerance.faults(worst))}. "
-            f"It was not installed; torch still runs this backbone (--runtime torch)"
-            + (
-                f". What was left in float32, and what that gave:\n  {'':<40} {'cosine p1':>10} {'overlap':>8}\n{rows}"
-                if len(self.tried) > 1
-                else ""
-            )
+            "It was not installed; torch still runs this backbone (--runtime torch)"
         )
+        if not self.sensitivity:
+            return text
+        found = {f"{name}, {one.images:,} images": one for name, one in self.sensitivity.items()} | self.tried
+        rows = "\n".join(f"  {name:<44} {one.cosine_p1:>9.6f} {one.overlap:>8.4f}" for name, one in found.items())
+        return (
+            f"{text}. What was left in float32, and what that gave:\n  {'':<44} {'cosine p1':>9} {'overlap':>8}\n{rows}"
+        )
+
+
+def _words(kept: Sequence[str]) -> str:
+    return " + ".join(kept) or "nothing"
 
 
 def _versions() -> dict[str, str]:

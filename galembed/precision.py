@@ -48,6 +48,38 @@ def _family(path: str, layer: nn.Module) -> str:
     return ""
 
 
+def family_costs(network: GalaxyNetwork, size: int) -> dict[str, float]:
+    """Return the share of each layer family in the multiplications of an encoder, for images of `size` pixels.
+
+    The products of attention, which no layer's weights take part in, are not counted.
+    """
+    products: dict[str, float] = {}
+    families = layer_families(network.encoder)
+
+    def count(family: str) -> Any:
+        def hook(layer: nn.Module, _: Any, output: Tensor) -> None:
+            weight = getattr(layer, "weight", None)
+            if isinstance(layer, nn.Conv2d | nn.Linear) and isinstance(weight, Tensor):
+                places = output.numel() / weight.shape[0]
+                products[family] = products.get(family, 0.0) + places * weight.numel()
+            else:
+                products[family] = products.get(family, 0.0) + output.numel()
+
+        return hook
+
+    hooks = [
+        network.encoder.get_submodule(path).register_forward_hook(count(family))
+        for path, family in families.items()
+        if family
+    ]
+    with torch.inference_mode():
+        network.features(torch.zeros(1, 3, size, size))
+    for hook in hooks:
+        hook.remove()
+    whole = sum(products.values())
+    return {family: products[family] / whole for family in FAMILIES if family in products}
+
+
 def lower(network: GalaxyNetwork, precision: str, kept: Collection[str] = ()) -> GalaxyNetwork:
     """Have a network's encoder compute in fewer bits, in place; return it.
 
