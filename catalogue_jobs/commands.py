@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import click
 
+from galembed.engines import NUMERIC_CLASSES
 from galembed.options import COLUMNS, parse_bands, parse_batch, parse_pairs, recognised, source_options
+from galembed.runtimes import RUNTIMES
 
 
 @click.command()
 @source_options
 @click.option("--store", required=True, type=click.Path(), help="Directory of the store; made if absent.")
-@click.option("--runtime", default="auto", type=click.Choice(["auto", "onnxruntime", "torch"]), show_default=True)
+@click.option("--runtime", default="auto", type=click.Choice(RUNTIMES), show_default=True, help="What runs the engine.")
+@click.option(
+    "--precision", type=click.Choice(NUMERIC_CLASSES), help="Numbers to compute in.  [default: the store's, or fp32]"
+)
 @click.option("--scheduler", help="Address of a Dask scheduler (tcp://...); local processes without it.")
 @click.option("--workers", type=click.IntRange(min=1), help="Local processes.  [default: one per core]")
 @click.option(
@@ -30,6 +35,7 @@ def embed(
     catalogue: str | None,
     backbone: str,
     runtime: str,
+    precision: str | None,
     scheduler: str | None,
     workers: int | None,
     batch: str,
@@ -75,6 +81,7 @@ def embed(
             store,
             backbone=chosen,
             runtime=runtime,
+            precision=precision,
             scheduler=scheduler,
             workers=workers,
             batch=parse_batch(batch, "--batch"),

@@ -36,6 +36,8 @@ class JobReport:
     wall_seconds : float
     engine : str
         Runtime and digest; empty where there was nothing to do.
+    passed_over : tuple of str
+        Engines that would have been faster, each with why it was not taken.
     workers : int
     """
 
@@ -53,6 +55,7 @@ class JobReport:
     tiles_opened: int = 0
     wall_seconds: float = 0.0
     engine: str = ""
+    passed_over: tuple[str, ...] = ()
     workers: int = 0
 
     @property
@@ -89,6 +92,7 @@ class JobReport:
             f"time in workers: read {spent.read:.1f} s, cut {spent.cut:.1f} s, infer {spent.infer:.1f} s, "
             f"write {spent.write:.1f} s",
             *([tiles] if self.tiles else []),
+            *(f"not {reason}" for reason in self.passed_over),
         ]
 
     def _failures(self) -> list[str]:

@@ -41,7 +41,7 @@ from catalogue_jobs.plan import (
 from catalogue_jobs.report import JobReport
 from galembed.backbones import Backbone, load_backbone
 from galembed.errors import ArtifactMismatch, BadRequest, SchemaMismatch
-from galembed.runtimes import Runtime, open_runtime
+from galembed.runtimes import Runtime, choose_runtime, open_runtime
 from galembed.runtimes.batches import AUTO, best_batch
 from galembed.schemas import SOURCES, StoreContract, embeddings_schema
 from galembed.sources import SourceReader
@@ -119,6 +119,7 @@ def embed(
     *,
     backbone: Backbone,
     runtime: str = "auto",
+    precision: str | None = None,
     scheduler: str | None = None,
     workers: int | None = None,
     batch: int | Literal["auto"] = BATCH,
@@ -140,7 +141,10 @@ def embed(
         Directory, made if absent.
     backbone : Backbone
     runtime : str
-        ``auto``, ``onnxruntime`` or ``torch``.
+        One of `galembed.runtimes.RUNTIMES`.
+    precision : str, optional
+        Numeric class of the engine, one of `galembed.engines.NUMERIC_CLASSES`; a new store's is ``fp32`` unless given,
+        and a store keeps to its own.
     scheduler : str, optional
         Address of a Dask scheduler, whose workers see the same paths; local processes without one.
     workers : int, optional
@@ -175,29 +179,30 @@ def embed(
     store = Path(store).expanduser().resolve()
     started = time.monotonic()
     _check_store(store, backbone, source)
+    precision = _numeric_class(store, precision)
     sources = source.sources()
     with Lease(store) as lease:
         schema = store_schema(store)
         todo = outstanding(sources, keys(store) if schema else None, retry_failed=retry_failed)
         if schema and not len(todo.table) and not len(todo.rejected):
             return _report(store, todo, started)
-        engine = open_runtime(backbone, runtime)
-        prepare(store, _schema(backbone, source, sources.table.schema, engine.numeric_class), lease)
+        choice = choose_runtime(backbone, runtime, precision=precision)
+        prepare(store, _schema(backbone, source, sources.table.schema, precision), lease)
         with _uninterrupted():
             upsert_failures(store, todo.rejected, lease)
-        job = _Job(store, lease, todo, engine.engine, started, max_failures, progress)
+        job = _Job(store, lease, todo, choice.runtime.engine, choice.passed_over, started, max_failures, progress)
         job.count(todo.rejected)
         work = Work(
             reader=source,
             store=store,
             backbone=backbone.path,
             embedding_id=backbone.embedding_id,
-            numeric_class=engine.numeric_class,
+            numeric_class=precision,
             runtime=runtime,
             threads=1,
             batch=batch,
         )
-        del engine
+        del choice
         with job, _sigterm_interrupts():
             if len(todo.table):
                 _run(job, work, scheduler, workers, rows_per_partition)
@@ -294,9 +299,11 @@ def _engine(work: Work) -> tuple[Backbone, Runtime]:
     Raises
     ------
     ArtifactMismatch
-        If this worker's files are another backbone, or its engine of another numeric class.
+        If this worker's files are another backbone.
+    ArtifactNotFound
+        If it has no engine of the store's numeric class that this worker can run.
     """
-    name = (work.backbone, work.embedding_id, work.runtime, work.threads)
+    name = (work.backbone, work.embedding_id, work.runtime, work.numeric_class, work.threads)
     with _engines_lock:
         if name not in _engines:
             backbone = load_backbone(work.backbone)
@@ -306,12 +313,7 @@ def _engine(work: Work) -> tuple[Backbone, Runtime]:
                     f"{backbone.embedding_id[:12]}, the job's is {work.embedding_id[:12]}; "
                     "give all workers the same files"
                 )
-            engine = open_runtime(backbone, work.runtime, threads=work.threads)
-            if engine.numeric_class != work.numeric_class:
-                raise ArtifactMismatch(
-                    f"the engine on worker {socket.gethostname()} is {engine.numeric_class}, "
-                    f"the store's vectors are {work.numeric_class}; export the same engine there"
-                )
+            engine = open_runtime(backbone, work.runtime, precision=work.numeric_class, threads=work.threads)
             _engines[name] = backbone, engine
         return _engines[name]
 
@@ -352,6 +354,7 @@ class _Job:
     lease: Lease
     todo: Outstanding
     engine: str
+    passed_over: tuple[str, ...]
     started: float
     max_failures: float | None
     show: bool
@@ -407,7 +410,8 @@ class _Job:
         if self.show:
             before = self.todo.embedded + self.todo.failed
             self._bar.console.print(
-                f"{self.engine}; {len(self.todo.table):,} of {self.todo.listed:,} sources to embed"
+                "; ".join((self.engine, *(f"not {reason}" for reason in self.passed_over)))
+                + f"; {len(self.todo.table):,} of {self.todo.listed:,} sources to embed"
                 + (f" ({before:,} done before)" if before else "")
                 + f" in {parts:,} partition(s) on {self.workers} worker(s)",
                 highlight=False,
@@ -456,6 +460,7 @@ class _Job:
             tiles=len(self.todo.table["source_uri"].unique()) if self.tiles_opened else 0,
             tiles_opened=self.tiles_opened,
             engine=self.engine,
+            passed_over=self.passed_over,
             workers=self.workers,
         )
 
@@ -489,6 +494,7 @@ class _Job:
             "seconds": round(time.monotonic() - self.started, 1),
             "workers": self.workers,
             "engine": self.engine,
+            "passed_over": list(self.passed_over),
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "updated": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -617,6 +623,26 @@ def _check_store(store: Path, backbone: Backbone, source: SourceReader) -> None:
         contract = StoreContract.from_schema(existing)
         ours = _schema(backbone, source, SOURCES, contract.numeric_class)
         contract.require_same(StoreContract.from_schema(ours))
+
+
+def _numeric_class(store: Path, asked: str | None) -> str:
+    """Return the numeric class of a store's vectors, or of those that a new one is to have.
+
+    Raises
+    ------
+    ArtifactMismatch
+        If the store has another than is asked for.
+    """
+    schema = store_schema(store)
+    if schema is None:
+        return asked or "fp32"
+    own = StoreContract.from_schema(schema).numeric_class
+    if asked not in (None, own):
+        raise ArtifactMismatch(
+            f"the vectors in {store} are of numeric class {own}, and {asked} is asked for: a store does not mix them; "
+            "leave --precision out, or embed into another store"
+        )
+    return own
 
 
 def _check_options(workers: int | None, batch: int | str, rows_per_partition: int, max_failures: float | None) -> None:

@@ -206,7 +206,9 @@ def embed_image(store: Store, file: Path) -> NDArray[np.float32]:
         )
     cutout = cutout_of_file(file, backbone.contract, store.contract)
     vector: NDArray[np.float32] = (
-        open_runtime(backbone).embed(cutout.pixels[None], store.contract.input_kind).vectors[0]
+        open_runtime(backbone, precision=store.contract.numeric_class)
+        .embed(cutout.pixels[None], store.contract.input_kind)
+        .vectors[0]
     )
     return vector
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,15 @@ import pyarrow as pa
 import pytest
 from distributed import Client, LocalCluster
 
+import galembed
 from catalogue_jobs import run
 from catalogue_jobs.partition import embed_partition
 from catalogue_jobs.report import JobReport
-from galembed.backbones import Backbone
-from galembed.errors import ArtifactMismatch, BadRequest, SchemaMismatch, StoreBusy
+from export.engines import export_engines
+from export.trials import gather
+from galembed.backbones import Backbone, load_backbone
+from galembed.errors import ArtifactMismatch, ArtifactNotFound, BadRequest, SchemaMismatch, StoreBusy
+from galembed.fidelity import Tolerance
 from galembed.schemas import SOURCES
 from galembed.sources import SourceList
 from galembed.store import commit as committing
@@ -93,12 +99,30 @@ def test_the_second_run_does_nothing_and_says_so(job: Any, store: Path, monkeypa
         raise AssertionError
 
     monkeypatch.setattr(run, "Client", never)
-    monkeypatch.setattr(run, "open_runtime", never)
+    monkeypatch.setattr(run, "choose_runtime", never)
     report = job(reader)
     assert versions == [lance.dataset(str(store / f"{name}.lance")).version for name in ("embeddings", "failures")]
     assert report.planned == 0
     assert str(report).startswith("nothing to do: 19 of 20 sources are in")
     assert "1 failed before" in str(report)
+
+
+def test_a_store_keeps_to_its_numeric_class(job: Any, store: Path, tiny_backbone: Backbone, tmp_path: Path) -> None:
+    backbone = load_backbone(shutil.copytree(tiny_backbone.path, tmp_path / "copy"))
+    with gather(backbone, quiet=True) as found:
+        evidence = replace(found, calibration=found.trial.images)
+        export_engines(backbone, "int8", evidence, tolerance=Tolerance(0.9, 0.0, 0.9, 0.9, 1.0), quiet=True)
+    report = job(FakeReader(30), backbone=backbone, precision="int8")
+    assert report.engine.startswith("onnxruntime-cpu-int8:")
+    assert any(reason.startswith("onnxruntime-cuda: ") for reason in report.passed_over)
+    assert "\nnot onnxruntime-cuda: ONNX Runtime finds no NVIDIA GPU" in str(report)
+    assert json.loads((store / "job.json").read_text())["passed_over"] == list(report.passed_over)
+    assert galembed.open(store).contract.numeric_class == "int8"
+    assert job(FakeReader(35), backbone=backbone).engine == report.engine
+    with pytest.raises(ArtifactMismatch, match="are of numeric class int8, and fp32 is asked for"):
+        job(FakeReader(40), backbone=backbone, precision="fp32")
+    with pytest.raises(ArtifactNotFound, match="holds no int8 engine that this machine can run"):
+        job(FakeReader(40), backbone=tiny_backbone)
 
 
 def test_a_longer_list_adds_only_what_is_new(job: Any, store: Path) -> None:
