@@ -7,6 +7,8 @@ than float32.
 from __future__ import annotations
 
 import ast
+import contextlib
+import io
 import logging
 import tempfile
 import warnings
@@ -135,11 +137,11 @@ def _scopes(node: onnx.NodeProto) -> list[str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence advice about optimising the graph first, which `export.onnx` has done."""
+    """Silence what the quantiser says of its steps, and its advice to optimise a graph that is optimised."""
     root, before = logging.getLogger(), logging.root.level
     root.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
