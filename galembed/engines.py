@@ -95,7 +95,7 @@ class EngineRecord:
         Raises
         ------
         ArtifactMismatch
-            If it was made from another backbone or head, or its file is missing or changed.
+            If it was made from another backbone, head or input contract, or its file is missing or changed.
         """
         file = (folder or backbone.engines) / (self.file or f"{self.name}.json")
         if self.embedding_id != backbone.embedding_id or self.head_id != backbone.head_id:
@@ -106,6 +106,13 @@ class EngineRecord:
             )
             raise ArtifactMismatch(
                 f"{file} was exported from another backbone ({other}, this one is {this}); run `galembed export` again"
+            )
+        if self.input and json.dumps(dict(self.input), sort_keys=True) != json.dumps(
+            backbone.contract.to_dict(), sort_keys=True
+        ):
+            raise ArtifactMismatch(
+                f"{file} has another input contract inside than {backbone.path / 'backbone.json'} says; restore the "
+                "directory, or run `galembed export` again"
             )
         if self.file and (not file.exists() or file_digest(file) != self.sha256):
             raise ArtifactMismatch(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from export.engines import export_engines
 from export.trials import gather
@@ -187,6 +188,23 @@ class TestOnnx(RuntimeContract):
         choice = choose_runtime(copy)
         assert choice.runtime.engine.startswith("torch-")
         assert "exported from another backbone" in str(choice)
+
+    def test_an_edited_contract_is_refused(self, exported: Backbone, tmp_path: Path) -> None:
+        copy = shutil.copytree(exported.path, tmp_path / "copy")
+        description = json.loads((copy / "backbone.json").read_text())
+        description["input"]["field_of_view"]["radii"] = 5.0
+        (copy / "backbone.json").write_text(json.dumps(description))
+        with pytest.raises(ArtifactMismatch, match="another input contract inside"):
+            open_runtime(load_backbone(copy), "onnxruntime")
+        with pytest.raises(ArtifactMismatch, match="were changed after the backbone was made"):
+            open_runtime(load_backbone(copy), "torch")
+
+    def test_swapped_weights_are_refused(self, exported: Backbone, tiny_backbone: Backbone, tmp_path: Path) -> None:
+        copy = shutil.copytree(exported.path, tmp_path / "copy")
+        weights = load_file(copy / "weights.safetensors")
+        save_file({key: value * 1.5 for key, value in weights.items()}, copy / "weights.safetensors")
+        with pytest.raises(ArtifactMismatch, match="were changed after the backbone was made"):
+            open_runtime(load_backbone(copy), "torch")
 
     def test_no_engine_says_how_to_make_one(self, tiny_backbone: Backbone) -> None:
         with pytest.raises(ArtifactNotFound, match="galembed export"):
