@@ -84,7 +84,7 @@ class Work:
     reader : SourceReader
     store : Path
     backbone : Path
-    embedding_id, numeric_class : str
+    embedding_id, head_id, numeric_class : str
         What the worker's backbone and engine must have.
     runtime : str
     threads : int
@@ -97,6 +97,7 @@ class Work:
     store: Path
     backbone: Path
     embedding_id: str
+    head_id: str
     numeric_class: str
     runtime: str
     threads: int
@@ -186,23 +187,23 @@ def embed(
         todo = outstanding(sources, keys(store) if schema else None, retry_failed=retry_failed)
         if schema and not len(todo.table) and not len(todo.rejected):
             return _report(store, todo, started)
-        choice = choose_runtime(backbone, runtime, precision=precision)
+        engine, passed_over = _chosen(backbone, runtime, precision, scheduler)
         prepare(store, _schema(backbone, source, sources.table.schema, precision), lease)
         with _uninterrupted():
             upsert_failures(store, todo.rejected, lease)
-        job = _Job(store, lease, todo, choice.runtime.engine, choice.passed_over, started, max_failures, progress)
+        job = _Job(store, lease, todo, engine, passed_over, started, max_failures, progress)
         job.count(todo.rejected)
         work = Work(
             reader=source,
             store=store,
             backbone=backbone.path,
             embedding_id=backbone.embedding_id,
+            head_id=backbone.head_id,
             numeric_class=precision,
             runtime=runtime,
             threads=1,
             batch=batch,
         )
-        del choice
         with job, _sigterm_interrupts():
             if len(todo.table):
                 _run(job, work, scheduler, workers, rows_per_partition)
@@ -211,6 +212,22 @@ def embed(
             with _uninterrupted():
                 tidy(store, lease)
     return job.report()
+
+
+def _chosen(backbone: Backbone, runtime: str, precision: str, scheduler: str | None) -> tuple[str, tuple[str, ...]]:
+    """Return the engine that workers are going to use, and why no faster one: a scheduler's may have other devices."""
+    if scheduler is None:
+        return choice_task(backbone.path, runtime, precision)
+    with _client(scheduler, None, 1) as (client, _):
+        future = client.submit(choice_task, backbone.path, runtime, precision, pure=False)
+        found: tuple[str, tuple[str, ...]] = future.result()
+    return found
+
+
+def choice_task(backbone: Path, runtime: str, precision: str) -> tuple[str, tuple[str, ...]]:
+    """Return the engine that this process would use, and the reasons against faster ones."""
+    choice = choose_runtime(load_backbone(backbone), runtime, precision=precision)
+    return choice.runtime.engine, choice.passed_over
 
 
 def _run(job: _Job, work: Work, scheduler: str | None, workers: int | None, rows_per_partition: int) -> None:
@@ -303,7 +320,7 @@ def _engine(work: Work) -> tuple[Backbone, Runtime]:
     ArtifactNotFound
         If it has no engine of the store's numeric class that this worker can run.
     """
-    name = (work.backbone, work.embedding_id, work.runtime, work.numeric_class, work.threads)
+    name = (work.backbone, work.embedding_id, work.head_id, work.runtime, work.numeric_class, work.threads)
     with _engines_lock:
         if name not in _engines:
             backbone = load_backbone(work.backbone)
@@ -312,6 +329,11 @@ def _engine(work: Work) -> tuple[Backbone, Runtime]:
                     f"{work.backbone} on worker {socket.gethostname()} has embedding_id "
                     f"{backbone.embedding_id[:12]}, the job's is {work.embedding_id[:12]}; "
                     "give all workers the same files"
+                )
+            if backbone.head_id != work.head_id:
+                raise ArtifactMismatch(
+                    f"{work.backbone} on worker {socket.gethostname()} has another question head (head_id "
+                    f"{backbone.head_id[:12]}, the job's is {work.head_id[:12]}); give all workers the same files"
                 )
             engine = open_runtime(backbone, work.runtime, precision=work.numeric_class, threads=work.threads)
             _engines[name] = backbone, engine

@@ -43,6 +43,8 @@ def export(
 
     if sm and not trt:
         raise click.UsageError("--sm says which GPUs --trt builds for; give --trt too")
+    if trt and (verify or calibrate):
+        raise click.UsageError("--trt proves on the backbone's own samples; leave --verify and --calibrate out")
     chosen = load_backbone(backbone)
     if trt:
         from export.tensorrt import export_tensorrt
@@ -52,7 +54,7 @@ def export(
                 click.echo(str(plan))
         return
     from export.engines import export_engines
-    from export.trials import IMAGES, gather
+    from export.trials import CALIBRATION, IMAGES, gather
     from galembed.sources import open_source
 
     readers = [
@@ -61,7 +63,8 @@ def export(
     ]
     failed: list[GalembedError] = []
     fewest = IMAGES if set(precisions) - {"fp32"} else 1
-    with gather(chosen, *readers, fewest=fewest, quiet=quiet) as evidence:
+    calibration = CALIBRATION if "int8" in precisions else 0
+    with gather(chosen, *readers, fewest=fewest, calibration=calibration, quiet=quiet) as evidence:
         for precision in precisions or ("fp32",):
             try:
                 for report in export_engines(chosen, precision, evidence, quiet=quiet):

@@ -107,11 +107,18 @@ def export_engines(
     if precision == "int8" and not evidence.calibration:
         raise BadRequest("int8 needs cutouts to find its ranges with; give some with --calibrate SOURCE")
     reports = []
+    faults = []
+    backbone.engines.mkdir(parents=True, exist_ok=True)
     for engine_format in FORMATS[precision]:
-        backbone.engines.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=backbone.engines, prefix=".export-") as scratch:
             workshop = _Workshop(backbone, engine_format, precision, evidence, tolerance, Path(scratch), quiet)
-            reports.append(workshop.export())
+            try:
+                reports.append(workshop.export())
+            except EmbeddingDrift as fault:
+                faults.append(fault)
+    if faults:
+        made = f"\n{' and '.join(report.record.name for report in reports)} passed and is installed" if reports else ""
+        raise EmbeddingDrift("\n".join(map(str, faults)) + made)
     return reports
 
 
@@ -161,8 +168,8 @@ class _Workshop:
         few = self.evidence.trial.part(_FEW_IMAGES, _FEW_SEARCHED)
         for kept in ((), *((family,) for family in costs)):
             self.sensitivity[_words(kept)] = self.compared(self.build(kept), few, kept)
-        before = self.sensitivity[_words(())].cosine_p1
-        gains = {family: self.sensitivity[family].cosine_p1 - before for family in costs}
+        before = self.sensitivity[_words(())].closeness
+        gains = {family: self.sensitivity[family].closeness - before for family in costs}
         ranked = sorted(costs, key=lambda family: -gains[family] / max(costs[family], 1e-6))
         for count in range(1, len(ranked)):
             yield tuple(ranked[:count])
@@ -235,7 +242,7 @@ class _Workshop:
         for method in METHODS:
             calibrate(graph, images, kind, method, self.folder / f"{method}.json")
             self._make = made_by(method)
-            chosen[method] = compare(self.build(()).runtime, few).cosine_p1
+            chosen[method] = compare(self.build(()).runtime, few).closeness
         best = max(chosen, key=lambda method: chosen[method])
         self.settings |= {"calibration": best, "cosine_p1_by_calibration": chosen}
         return made_by(best)

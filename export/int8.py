@@ -24,6 +24,7 @@ from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, Q
 from onnxruntime.quantization.calibrate import create_calibrator, save_tensors_data
 
 from galembed.backbones import Backbone
+from galembed.errors import BadRequest
 from galembed.precision import layer_families
 from galembed.runtimes.protocol import doors
 from galembed.runtimes.torch import load_network
@@ -95,6 +96,9 @@ def quantise(
     kept : collection of str
         Layer families (`galembed.precision.FAMILIES`) that stay in float32.
     """
+    chosen = [node for node, family in families.items() if family not in kept]
+    if not chosen:  # which ONNX Runtime would take for all
+        raise BadRequest(f"{graph} has no layer that can be int8, but for {', '.join(kept) or 'none'}")
     with _quiet():
         quantize_static(
             graph,
@@ -102,7 +106,7 @@ def quantise(
             None,
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=list(_OPERATORS),
-            nodes_to_quantize=[node for node, family in families.items() if family not in kept],
+            nodes_to_quantize=chosen,
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,

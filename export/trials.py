@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from galembed.backbones import Backbone
-from galembed.errors import BadRequest
+from galembed.errors import ArtifactNotFound, BadRequest
 from galembed.fidelity import Trial, make_trial
 from galembed.progress import Advance, progress
 from galembed.runtimes.torch import TorchRuntime
@@ -26,6 +26,7 @@ IMAGES: Final = 1000
 
 GALLERY: Final = 5000
 CALIBRATION: Final = 256
+_AT_ONCE: Final = 512
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def gather(
         How many, at most. Where there are fewer readable sources, calibration and images come before the gallery.
 
     fewest : int
-        Images to compare on that there have to be.
+        Images to compare on, and others in the gallery, that there have to be; at 1 there need be no gallery.
 
     Raises
     ------
@@ -83,7 +84,7 @@ def gather(
     """
     with tempfile.TemporaryDirectory(prefix="galembed-trial-") as scratch:
         folder = Path(scratch)
-        found: dict[str, NDArray[Any]] = {kind: array for kind, array in backbone.samples().items() if len(array)}
+        found = _samples(backbone)
         searched: dict[str, NDArray[Any]] = {}
         measured: dict[str, NDArray[Any]] = {}
         keys: set[str] = set()
@@ -95,21 +96,21 @@ def gather(
             searched = {verify.kind: cut[own + images :]} if len(cut) > own + images else {}
         if calibrate is not None:
             cut, _ = _cutouts(backbone, calibrate, calibration, folder / "calibrate.npy", keys, quiet=quiet)
-            measured = {calibrate.kind: cut}
+            measured = {calibrate.kind: _others(cut, found.get(calibrate.kind), searched.get(calibrate.kind))}
         if not sum(map(len, found.values())):
             raise BadRequest(f"{backbone.path} has no samples to compare on; give some with --verify SOURCE")
-        if sum(map(len, found.values())) < fewest:
+        compared, others = (sum(map(len, part.values())) for part in (found, searched))
+        if fewest > 1 and min(compared, others) < fewest:
             raise BadRequest(
-                f"an engine in fewer bits is proved on at least {fewest:,} cutouts, and there are "
-                f"{sum(map(len, found.values())):,}; give a larger --verify SOURCE "
+                f"an engine in fewer bits is proved on at least {fewest:,} cutouts among as many others, and there are "
+                f"{compared:,} and {others:,}; give a larger --verify SOURCE "
                 "(`galembed simulate survey/ --bricks 0 --cutouts 6500` makes one)"
             )
         numbers = [answer in backbone.values for answer in backbone.answers]
         total = sum(map(len, [*found.values(), *searched.values()]))
         with progress("torch in float32", total, quiet=quiet) as advance:
             trial = make_trial(TorchRuntime(backbone, device="cpu"), found, searched, numbers=numbers, advance=advance)
-        names = [reader.root for reader in (verify, calibrate) if reader is not None]
-        yield Evidence(trial, measured, ", ".join(dict.fromkeys(names)) or "the backbone's samples")
+        yield Evidence(trial, measured, verify.root if verify else "the backbone's samples")
 
 
 def _cutouts(
@@ -135,10 +136,16 @@ def _cutouts(
     keys: set[str] = set()
     with progress(f"cutouts of {Path(reader.root).name}", min(count, len(order)), quiet=quiet) as advance:
         while order and len(keys) < count:
-            chosen, order = order[: count - len(keys)], order[count - len(keys) :]
+            step = min(count - len(keys), _AT_ONCE)
+            chosen, order = order[:step], order[step:]
             keys |= _cut(backbone, reader, table, chosen, names, pixels, len(keys), advance)
     if not keys:
-        raise BadRequest(f"none of the {len(names):,} sources of {reader.root} can be read to verify on")
+        free = len(names) - len(taken or ())
+        raise BadRequest(
+            f"none of the {free:,} sources of {reader.root} can be read"
+            if free > 0
+            else f"all {len(names):,} sources of {reader.root} are taken to verify on; give --calibrate another SOURCE"
+        )
     return pixels[: len(keys)], keys
 
 
@@ -162,6 +169,23 @@ def _cut(
     for place, at in enumerate(sorted(found)):
         pixels[start + place] = found[at]
     return {names[chosen[at]] for at in found}
+
+
+def _samples(backbone: Backbone) -> dict[str, NDArray[Any]]:
+    try:
+        return {kind: array for kind, array in backbone.samples().items() if len(array)}
+    except ArtifactNotFound:
+        return {}
+
+
+def _others(cut: NDArray[Any], *used: NDArray[Any] | None) -> NDArray[Any]:
+    """Return the cutouts whose pixels are in none of the others: one folder may be given twice, by two names."""
+    known = {_digest(image) for part in used if part is not None for image in part}
+    return cut[[_digest(image) not in known for image in cut]]
+
+
+def _digest(image: NDArray[Any]) -> bytes:
+    return hashlib.sha256(np.ascontiguousarray(image).tobytes()).digest()
 
 
 def _joined(samples: NDArray[Any] | None, cut: NDArray[Any], file: Path) -> NDArray[Any]:

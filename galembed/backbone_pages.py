@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from galembed.backbones import Backbone, FieldOfView, builtin_path
+from galembed.engines import read_engines
+from galembed.errors import ArtifactMismatch
 
 WIDTH: Final = 100
 """Columns of text."""
@@ -66,24 +67,19 @@ def backbone_facts(backbone: Backbone) -> dict[str, Any]:
 
 
 def engine_facts(backbone: Backbone) -> list[dict[str, Any]]:
-    """Return the report of each engine, with ``current``: whether it was made from this encoder and head.
+    """Return the report of each engine, with ``current``: whether it is whole and made from this encoder and head.
 
-    Of a damaged report only the file's name is known.
+    Of a report that cannot be read there are the name and the ``fault``.
     """
-    facts = []
-    for file in sorted(backbone.engines.glob("*.json")):
-        report = _report(file)
-        ids = report.get("embedding_id"), report.get("head_id")
-        whole = (backbone.engines / str(report.get("file"))).is_file()
-        facts.append(report | {"current": whole and ids == (backbone.embedding_id, backbone.head_id)})
+    facts: list[dict[str, Any]] = []
+    for name, record in read_engines(backbone).items():
+        if isinstance(record, ArtifactMismatch):
+            facts.append({"name": name, "fault": str(record), "current": False})
+            continue
+        whole = not record.file or (backbone.engines / record.file).is_file()
+        ids = record.embedding_id, record.head_id
+        facts.append(asdict(record) | {"current": whole and ids == (backbone.embedding_id, backbone.head_id)})
     return facts
-
-
-def _report(file: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        return {"file": file.name}
 
 
 def backbone_text(backbone: Backbone) -> str:
@@ -136,13 +132,19 @@ def _head_rows(backbone: Backbone) -> list[tuple[str, str]]:
 def _engine_rows(engines: list[dict[str, Any]]) -> list[tuple[str, str]]:
     if not engines:
         return [("  engines", "none; `galembed export` makes one")]
-    rows = []
-    for engine in engines:
-        state = _value(engine.get("fidelity", {})) if engine["current"] else "of another state; export again"
-        rows.append(
-            ("  engine", f"{engine.get('file')}, {engine.get('numeric_class', 'damaged')}, beside torch: {state}")
-        )
-    return rows
+    return [("  engine", f"{engine['name']}, {_engine_state(engine)}") for engine in engines]
+
+
+def _engine_state(engine: Mapping[str, Any]) -> str:
+    if "fault" in engine:
+        return f"cannot be read: {engine['fault']}"
+    if not engine["current"]:
+        return "of another state; export again"
+    kept = f" ({', '.join(engine['kept'])} in fp32)" if engine["kept"] else ""
+    found = {key: value for key, value in engine["fidelity"].items() if value is not None}
+    places = [f"on {engine['device'] or 'no device yet'}: {engine['status']}, beside torch {_value(found)}"]
+    places += [f"on {device}: {there['status']}" for device, there in engine["elsewhere"].items()]
+    return f"{engine['numeric_class']}{kept}; {'; '.join(places)}"
 
 
 def _parameters(weights: Mapping[str, NDArray[Any]], start: str) -> int:

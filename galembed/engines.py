@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +17,8 @@ NUMERIC_CLASSES: Final = ("fp32", "fp16", "bf16", "int8")
 
 GPU: Final = "GPU "
 """What the names of devices begin with that are no processors."""
+
+STATUSES: Final = ("verified", "unverified", "refused")
 
 ENGINE_FORMAT: Final = 2
 """Of an engine's report."""
@@ -141,6 +143,8 @@ def read_engine(report: Path) -> EngineRecord:
         if isinstance(error, ArtifactMismatch):
             raise
         raise ArtifactMismatch(f"{report} is damaged: {error}; run `galembed export` again") from error
+    if record.status not in STATUSES:
+        raise ArtifactMismatch(f"{report} has status {record.status!r}; run `galembed export` again")
     if record.name != report.stem or Path(record.file).name != record.file:
         raise ArtifactMismatch(f"{report} is the report of {record.name!r}; run `galembed export` again")
     return record
@@ -159,8 +163,9 @@ def read_engines(backbone: Backbone) -> dict[str, EngineRecord | ArtifactMismatc
 
 def write_report(record: EngineRecord, folder: Path) -> None:
     """Write an engine's report, whole or not at all."""
-    partial = folder / f".{record.name}.json.{os.getpid()}"
-    partial.write_text(json.dumps({"report_format": ENGINE_FORMAT} | asdict(record), indent=2) + "\n", encoding="utf-8")
+    text = json.dumps({"report_format": ENGINE_FORMAT} | asdict(record), indent=2) + "\n"
+    partial = folder / f".{record.name}.json.{uuid.uuid4().hex}"
+    partial.write_text(text, encoding="utf-8")
     partial.replace(folder / f"{record.name}.json")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
@@ -54,6 +54,11 @@ class Fidelity:
     overlap: float = math.nan
     probe_accuracy: float = math.nan
     probe_drop: float = math.nan
+
+    @property
+    def closeness(self) -> float:
+        """`cosine_p1` for comparing engines: one that gives NaN is the worst."""
+        return -1.0 if math.isnan(self.cosine_p1) else self.cosine_p1
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready form, in which None is what could not be measured."""
@@ -204,15 +209,15 @@ def compare(engine: Runtime, trial: Trial, advance: Callable[[int], object] = la
     if trial.gallery_truth is None or len(trial.gallery_truth.vectors) < _FEWEST_TO_SEARCH or math.isnan(cosine.min()):
         return found
     gallery = embed_all(engine, trial.gallery, advance)
+    if not (np.isfinite(gallery.vectors).all() and np.isfinite(gallery.norms).all()):
+        return replace(found, gallery=len(gallery.vectors), cosine_p1=math.nan, overlap=0.0)
     accuracy, drop = _probed(ours, gallery, trial)
-    return Fidelity(
-        **asdict(found)
-        | {
-            "gallery": len(gallery.vectors),
-            "overlap": _overlap(ours.vectors, gallery.vectors, theirs.vectors, trial.gallery_truth.vectors),
-            "probe_accuracy": accuracy,
-            "probe_drop": drop,
-        }
+    return replace(
+        found,
+        gallery=len(gallery.vectors),
+        overlap=_overlap(ours.vectors, gallery.vectors, theirs.vectors, trial.gallery_truth.vectors),
+        probe_accuracy=accuracy,
+        probe_drop=drop,
     )
 
 

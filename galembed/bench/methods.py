@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from galembed.backbones import Backbone
-from galembed.engines import EngineRecord, read_engines
+from galembed.engines import GPU, EngineRecord, read_engines
 from galembed.errors import BadRequest
+from galembed.runtimes.machine import cpu_name, gpu_name
 
 COMPILED: Final = "torch-compile"
 
@@ -92,5 +93,8 @@ def methods(backbone: Backbone, only: Collection[str] = ()) -> list[Method]:
 def _engine_method(name: str, runtime: str, record: EngineRecord | Exception) -> Method:
     if isinstance(record, Exception):
         return Method(runtime, "".join(name.split("-")[1:2]), name, fault=str(record))
-    fault = "it was found to differ from torch; run `galembed export` again" if record.status == "refused" else ""
-    return Method(runtime, record.numeric_class, name, record.status, record.fidelity, fault)
+    device = cpu_name() if runtime.endswith("-cpu") else GPU + gpu_name()
+    status = record.status_on(device)
+    found = record.elsewhere[device]["fidelity"] if device in record.elsewhere else record.fidelity
+    fault = "it was found to differ from torch; run `galembed export` again" if status == "refused" else ""
+    return Method(runtime, record.numeric_class, name, status, found, fault)

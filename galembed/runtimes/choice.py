@@ -10,6 +10,7 @@ from typing import Final
 from galembed.backbones import Backbone
 from galembed.engines import NUMERIC_CLASSES, EngineRecord, read_engines
 from galembed.errors import ArtifactMismatch, ArtifactNotFound, BadRequest, GalembedError
+from galembed.runtimes.machine import gpu_name
 from galembed.runtimes.protocol import Runtime
 from galembed.runtimes.proving import open_proved
 
@@ -118,6 +119,8 @@ def _opener(
     def open_engine() -> Runtime:
         if isinstance(record, ArtifactMismatch):
             raise record
+        if device == "cuda" and not gpu_name():  # told without loading a library
+            raise BadRequest("nvidia-smi names no NVIDIA GPU that this process may use")
         if library == "torch":
             from galembed.runtimes.torch import TorchRuntime
 

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Final
 
 _CACHES: Final = Path("/sys/devices/system/cpu/cpu0/cache")
+_INSTRUCTIONS: Final = (
+    "avx2", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm", "bf16",
+)  # fmt: skip
 _GROUP_LIMIT: Final = Path("/sys/fs/cgroup/memory.max")
 _UNITS: Final = {"K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -21,20 +24,32 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@lru_cache(maxsize=1)
 def cpu_name() -> str:
-    """Return the processor's model, with its architecture."""
-    found = re.search(r"^model name\s*:\s*(.+)$", _text(Path("/proc/cpuinfo")), flags=re.MULTILINE)
-    return f"{found[1] if found else platform.processor() or 'unknown CPU'} ({platform.machine()})"
+    """Return the processor's model, with its architecture and its instructions for fewer bits.
+
+    A virtual machine's model is often no more than the maker's name.
+    """
+    text = _text(Path("/proc/cpuinfo"))
+    found = re.search(r"^model name\s*:\s*(.+)$", text, flags=re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, flags=re.MULTILINE)
+    has = [flag for flag in _INSTRUCTIONS if flags and flag in flags[1].split()]
+    return f"{found[1] if found else platform.processor() or 'unknown CPU'} ({' '.join([platform.machine(), *has])})"
 
 
 @lru_cache(maxsize=1)
 def gpu_name() -> str:
-    """Return the first NVIDIA GPU's name, as its driver's ``nvidia-smi`` says it; empty without one."""
-    if shutil.which("nvidia-smi") is None:
+    """Return the name of the first NVIDIA GPU that this process may use, by ``nvidia-smi``; empty without one."""
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if shutil.which("nvidia-smi") is None or allowed in ("", "-1"):
         return ""
+    which = [f"--id={allowed.split(',')[0]}"] if allowed else []
     try:
         done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=20
+            ["nvidia-smi", *which, "--query-gpu=name", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""

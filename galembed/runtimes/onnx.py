@@ -56,9 +56,7 @@ class OnnxRuntime:
         provider = _PROVIDERS[device]
         _require_one_wheel()
         if provider not in onnxruntime.get_available_providers():
-            raise BadRequest(f"this onnxruntime has no {provider}; install onnxruntime-gpu")
-        if device == "cuda" and not gpu_name():
-            raise BadRequest("ONNX Runtime finds no NVIDIA GPU on this machine (nvidia-smi names none)")
+            raise BadRequest(f"this onnxruntime has no {provider}; have onnxruntime-gpu in its place")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         # Ten bits of mantissa, which ONNX Runtime takes by default on a GPU, are no float32.
@@ -68,6 +66,8 @@ class OnnxRuntime:
         try:
             self._session = onnxruntime.InferenceSession(str(file), options, providers=[(provider, settings)])
         except Exception as error:  # its errors have no common class
+            if device == "cuda":
+                raise BadRequest(f"ONNX Runtime cannot run {file} on the GPU: {error}") from error
             raise ArtifactMismatch(f"ONNX Runtime cannot read {file}: {error}; run `galembed export` again") from error
         if self._session.get_providers()[0] != provider:
             raise BadRequest(

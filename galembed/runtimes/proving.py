@@ -75,7 +75,9 @@ def judged(engine: DeviceRuntime, record: EngineRecord, backbone: Backbone) -> E
     numbers = [answer in backbone.values for answer in backbone.answers]
     try:
         fidelity = measure(engine, TorchRuntime(backbone, device="cpu"), samples, numbers=numbers)
-    except RuntimeError as error:  # what torch makes of CUDA's errors
+    except GalembedError:
+        raise
+    except Exception as error:  # those of ONNX Runtime and CUDA have no common class
         raise BadRequest(f"{record.name} fails on {engine.device}: {error}; use --runtime torch") from error
     faults = Tolerance(**record.tolerance).faults(fidelity)
     status = "refused" if faults else "verified"
@@ -98,9 +100,12 @@ def refusal(record: EngineRecord, device: str) -> str:
 
 
 def _rewrite(found: EngineRecord, device: str, backbone: Backbone) -> None:
-    """Replace a report, unless the engine was exported anew meanwhile or the folder cannot be written to."""
+    """Add what was found to a report, unless the engine was exported anew meanwhile or the folder is read-only."""
     try:
-        if read_engine(backbone.engines / f"{found.name}.json").sha256 == found.sha256:
+        known = read_engine(backbone.engines / f"{found.name}.json")
+        if (known.sha256, known.kept, known.versions) == (found.sha256, found.kept, found.versions):
+            if known.device and device in found.elsewhere:  # another process may have added its own device
+                found = replace(known, elsewhere=dict(known.elsewhere) | {device: found.elsewhere[device]})
             write_report(found, backbone.engines)
             logger.info("%s was run on %s for the first time and is %s", found.name, device, found.status_on(device))
     except (GalembedError, OSError) as error:

@@ -68,15 +68,18 @@ class TorchRuntime:
         kept = set(record.kept) if record else set()
         if self._device.type == "cpu":
             kept |= {"depthwise"}  # no more exact than it need be, and several times as fast: oneDNN has no such kernel
-        network = lower(load_network(backbone), self.numeric_class, kept).to(self._device)
+        network = lower(load_network(backbone), self.numeric_class, kept)
         if self._device.type == "cuda":
-            network.encoder.to(memory_format=torch.channels_last)
-            if self.numeric_class == "fp32":
-                # Convolutions and products with ten bits of mantissa are no float32.
-                torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+            # Convolutions and products with ten bits of mantissa are no float32.
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+            try:
+                network.to(self._device).encoder.to(memory_format=torch.channels_last)
+            except RuntimeError as error:
+                raise BadRequest(f"the GPU cannot hold {backbone.name}: {error}") from error
         self._network = network
         self.device = GPU + torch.cuda.get_device_name() if self._device.type == "cuda" else cpu_name()
-        self.engine = f"torch-{self._device.type}-{self.numeric_class}:{backbone.embedding_id[:12]}"
+        mixed = f"+{'+'.join(record.kept)}" if record and record.kept else ""
+        self.engine = f"torch-{self._device.type}-{self.numeric_class}{mixed}:{backbone.embedding_id[:12]}"
 
     def embed(self, images: NDArray[Any], kind: str) -> Embedded:
         """Embed a batch; see `galembed.runtimes.Runtime`."""

@@ -115,7 +115,7 @@ def test_a_store_keeps_to_its_numeric_class(job: Any, store: Path, tiny_backbone
     report = job(FakeReader(30), backbone=backbone, precision="int8")
     assert report.engine.startswith("onnxruntime-cpu-int8:")
     assert any(reason.startswith("onnxruntime-cuda: ") for reason in report.passed_over)
-    assert "\nnot onnxruntime-cuda: ONNX Runtime finds no NVIDIA GPU" in str(report)
+    assert "\nnot onnxruntime-cuda: nvidia-smi names no NVIDIA GPU" in str(report)
     assert json.loads((store / "job.json").read_text())["passed_over"] == list(report.passed_over)
     assert galembed.open(store).contract.numeric_class == "int8"
     assert job(FakeReader(35), backbone=backbone).engine == report.engine

@@ -141,7 +141,7 @@ def test_the_command_exits_1_where_they_differ(copy: Backbone, monkeypatch: pyte
 def test_the_command_asks_for_enough_to_prove_fewer_bits_on(copy: Backbone) -> None:
     result = CliRunner().invoke(main, ["export", str(copy.path), "--precision", "int8", "--quiet"])
     assert result.exit_code == 1
-    assert "at least 1,000 cutouts, and there are 8; give a larger --verify SOURCE" in result.output
+    assert "at least 1,000 cutouts among as many others, and there are 8 and 0; give a larger" in result.output
 
 
 def test_without_samples_there_is_nothing_to_prove_it_on(copy: Backbone) -> None:

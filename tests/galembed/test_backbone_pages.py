@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from galembed.backbone_pages import WIDTH, backbone_facts, backbone_text, field_text, licence
 from galembed.backbones import Backbone, FieldOfView, load_backbone, save_backbone
 from galembed.cli import main
+from galembed.engines import EngineRecord, write_report
 from galembed.errors import ArtifactMismatch
 
 
@@ -96,22 +97,37 @@ def test_the_licence_of_the_first_weights_is_not_the_backbones(tiny_backbone: Ba
     assert licence(replace(tiny_backbone, provenance=begun | {"licence": "mit"})) == "mit"
 
 
-def test_an_engine_of_another_state_is_told(tiny_backbone: Backbone, tmp_path: Path) -> None:
+def engine(backbone: Backbone, **changes: object) -> None:
+    record = EngineRecord(
+        name="onnx-int8",
+        format="onnx",
+        numeric_class="int8",
+        file="onnx-int8.onnx",
+        sha256="0",
+        embedding_id=backbone.embedding_id,
+        head_id=backbone.head_id,
+        status="verified",
+        kept=("depthwise",),
+        fidelity={"images": 8, "cosine_p1": 0.9991, "overlap": None},
+        device="this processor",
+    )
+    write_report(replace(record, **changes), backbone.engines)  # type: ignore[arg-type]
+
+
+def test_an_engine_is_told_with_its_state_on_each_device(tiny_backbone: Backbone, tmp_path: Path) -> None:
     backbone = load_backbone(shutil.copytree(tiny_backbone.path, tmp_path / "copy"))
     backbone.engines.mkdir(exist_ok=True)
-    report = {
-        "file": "onnx-fp32.onnx",
-        "numeric_class": "fp32",
-        "embedding_id": backbone.embedding_id,
-        "head_id": backbone.head_id,
-        "fidelity": {"images": 8, "cosine_min": 0.9999999},
-    }
-    (backbone.engines / "onnx-fp32.json").write_text(json.dumps(report))
-    assert "of another state; export again" in backbone_text(backbone)  # the file is not there
-    (backbone.engines / "onnx-fp32.onnx").write_bytes(b"")
-    assert "onnx-fp32.onnx, fp32, beside torch: images 8, cosine_min 0.9999999" in backbone_text(backbone)
-    (backbone.engines / "onnx-fp32.json").write_text(json.dumps(report | {"head_id": "0"}))
+    engine(backbone)
+    assert "onnx-int8, of another state; export again" in backbone_text(backbone)  # the file is not there
+    (backbone.engines / "onnx-int8.onnx").write_bytes(b"")
+    engine(backbone, elsewhere={"GPU X": {"status": "refused", "fidelity": {}}})
+    words = " ".join(backbone_text(backbone).split())
+    assert "int8 (depthwise in fp32); on this processor: verified, beside torch images 8, cosine_p1 0.9991" in words
+    assert "; on GPU X: refused" in words
+    engine(backbone, head_id="0")
     assert backbone_facts(backbone)["engines"][0]["current"] is False
+    engine(backbone, file="", name="torch-bf16")
+    assert backbone_facts(backbone)["engines"][1]["current"] is True
 
 
 def test_changed_weights_are_an_error(tiny_backbone: Backbone, tmp_path: Path) -> None:
@@ -139,4 +155,6 @@ def test_a_damaged_report_of_an_engine_is_told(tiny_backbone: Backbone, tmp_path
     backbone = save_with(tiny_backbone, tmp_path / "b", {})
     backbone.engines.mkdir()
     (backbone.engines / "cpu.json").write_text(report)
-    assert "cpu.json, damaged, beside torch: of another state; export again" in backbone_text(backbone)
+    words = " ".join(backbone_text(backbone).split())
+    assert "engine cpu, cannot be read: " in words
+    assert "is damaged: " in words
