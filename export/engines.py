@@ -17,7 +17,7 @@ from galembed.backbones import Backbone, file_digest
 from galembed.engines import EngineRecord, install
 from galembed.errors import BadRequest, EmbeddingDrift
 from galembed.fidelity import TOLERANCES, Fidelity, Tolerance, Trial, compare
-from galembed.precision import family_costs
+from galembed.precision import BETWEEN, family_costs
 from galembed.progress import progress
 from galembed.runtimes.onnx import OnnxRuntime
 from galembed.runtimes.proving import DeviceRuntime
@@ -163,6 +163,8 @@ class _Workshop:
         costs = family_costs(load_network(self.backbone), self.backbone.contract.size)
         if self.precision == "int8":
             costs.pop("norm", None)  # is in float32 in any case
+        else:
+            costs = {BETWEEN: costs.pop("norm", 0.0)} | costs  # norms alone gain nothing: what they give is rounded
         if len(costs) < 2:
             return
         few = self.evidence.trial.part(_FEW_IMAGES, _FEW_SEARCHED)
@@ -244,7 +246,7 @@ class _Workshop:
             self._make = made_by(method)
             chosen[method] = compare(self.build(()).runtime, few).closeness
         best = max(chosen, key=lambda method: chosen[method])
-        self.settings |= {"calibration": best, "cosine_p1_by_calibration": chosen}
+        self.settings |= {"calibration": best, "cosine_median_by_calibration": chosen}
         return made_by(best)
 
     def _refusal(self) -> str:

@@ -57,8 +57,8 @@ class Fidelity:
 
     @property
     def closeness(self) -> float:
-        """`cosine_p1` for comparing engines: one that gives NaN is the worst."""
-        return -1.0 if math.isnan(self.cosine_p1) else self.cosine_p1
+        """The median cosine, by which few images compare engines well; -1 for one that gives NaN."""
+        return -1.0 if math.isnan(self.cosine_p1) else self.cosine_median
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready form, in which None is what could not be measured."""

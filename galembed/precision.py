@@ -14,6 +14,9 @@ from galembed.network import GalaxyNetwork
 FAMILIES: Final = ("stem", "norm", "depthwise", "conv", "attention", "linear")
 """Kinds of layer that can be left in float32 where fewer bits change the vectors too much."""
 
+BETWEEN: Final = "between"
+"""What layers hand on to each other, the sums of residual networks and the norms; can be left in float32 together."""
+
 DTYPES: Final = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 _STEMS: Final = ("stem", "conv1", "conv_stem", "patch_embed")
@@ -91,21 +94,26 @@ def lower(network: GalaxyNetwork, precision: str, kept: Collection[str] = ()) ->
     precision : str
         ``fp32`` changes nothing; ``fp16`` or ``bf16``.
     kept : collection of str
-        `FAMILIES` that stay in float32.
+        `FAMILIES`, and `BETWEEN`, that stay in float32.
 
     Raises
     ------
     BadRequest
         If the precision or a family is unknown.
     """
-    unknown = sorted(set(kept) - set(FAMILIES))
+    unknown = sorted(set(kept) - {*FAMILIES, BETWEEN})
     if unknown:
-        raise BadRequest(f"layer family {unknown[0]!r} is unknown; choose of {', '.join(FAMILIES)}")
+        raise BadRequest(f"layer family {unknown[0]!r} is unknown; choose of {', '.join((*FAMILIES, BETWEEN))}")
     if precision == "fp32":
         return network
     if precision not in DTYPES:
         raise BadRequest(f"torch runs no network in {precision!r}; choose fp32, {' or '.join(DTYPES)}")
     dtype = DTYPES[precision]
+    if BETWEEN in kept:
+        for path, family in layer_families(network.encoder).items():
+            if family and family not in {*kept, "norm"}:
+                _between(network.encoder.get_submodule(path).to(dtype), dtype, torch.float32)
+        return network
     encoder = network.encoder.to(dtype)
     for path, family in layer_families(encoder).items():
         if family in kept:

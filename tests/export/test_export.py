@@ -76,7 +76,7 @@ def test_int8_is_smaller_and_says_how_it_was_calibrated(copy: Backbone, evidence
     assert int8.megabytes < exported(copy, "fp32", evidence).megabytes
     settings = read_engine(copy.engines / "onnx-int8.json").settings
     assert settings["calibration"] in ("minmax", "percentile", "entropy")
-    assert settings["calibration"] == max(settings["cosine_p1_by_calibration"].items(), key=lambda pair: pair[1])[0]
+    assert settings["calibration"] == max(settings["cosine_median_by_calibration"].items(), key=lambda pair: pair[1])[0]
     assert settings["calibration_images"] == 16
     assert 0.9 < int8.fidelity.cosine_p1 < 0.9999
 
@@ -99,7 +99,7 @@ def test_what_hurts_most_is_left_in_float32(copy: Backbone, evidence: Evidence) 
     assert mixed.fidelity.cosine_p1 >= midway.cosine_p1
     costs = family_costs(load_network(copy), copy.contract.size)
     costs.pop("norm")
-    alone = {name: found.cosine_p1 for name, found in mixed.sensitivity.items()}
+    alone = {name: found.closeness for name, found in mixed.sensitivity.items()}
     gains = {name: (alone[name] - alone["nothing"]) / costs[name] for name in costs}
     assert mixed.record.kept[0] == max(gains, key=lambda name: gains[name])
     assert read_engine(copy.engines / "onnx-int8.json").kept == mixed.record.kept

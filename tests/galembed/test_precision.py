@@ -49,6 +49,14 @@ def test_families_that_are_kept_stay_in_float32(tiny_backbone: Backbone, precisi
     assert vectors.dtype == torch.float32
 
 
+def test_sums_in_float32_come_nearer_to_it(tiny_backbone: Backbone) -> None:
+    flux = torch.from_numpy(tiny_backbone.samples()["flux"])
+    nothing = torch.zeros(0, 3, 32, 32, dtype=torch.uint8)
+    true = load_network(tiny_backbone)(flux, nothing)[0]
+    kept, plain = (lower(load_network(tiny_backbone), "bf16", kept)(flux, nothing)[0] for kept in (["between"], []))
+    assert torch.linalg.norm(kept - true) < torch.linalg.norm(plain - true)
+
+
 def test_an_unknown_family_or_precision_is_refused(tiny_backbone: Backbone) -> None:
     with pytest.raises(BadRequest, match="layer family 'nose' is unknown"):
         lower(load_network(tiny_backbone), "fp16", {"nose"})
