@@ -80,8 +80,8 @@ def export_engines(
 ) -> list[ExportReport]:
     """Make, prove and install a backbone's engines of one numeric class.
 
-    One that differs too much is made again with more and more layer families in float32, those first that gain most
-    fidelity for their share of the multiplications, before it is given up.
+    One that differs too much is made again with more and more layer families in float32, those first that have the
+    smallest share of the multiplications, before it is given up.
 
     Parameters
     ----------
@@ -156,7 +156,7 @@ class _Workshop:
         raise EmbeddingDrift(self._refusal())
 
     def _attempts(self) -> Iterator[tuple[str, ...]]:
-        """Yield what is to stay in float32: nothing, then more and more, what gains most for its cost first."""
+        """Yield what is to stay in float32: nothing, then more and more, the cheapest first."""
         yield ()
         if self.precision == "fp32":
             return
@@ -170,9 +170,7 @@ class _Workshop:
         few = self.evidence.trial.part(_FEW_IMAGES, _FEW_SEARCHED)
         for kept in ((), *((family,) for family in costs)):
             self.sensitivity[_words(kept)] = self.compared(self.build(kept), few, kept)
-        before = self.sensitivity[_words(())].closeness
-        gains = {family: self.sensitivity[family].closeness - before for family in costs}
-        ranked = sorted(costs, key=lambda family: -gains[family] / max(costs[family], 1e-6))
+        ranked = sorted(costs, key=lambda family: costs[family])
         for count in range(1, len(ranked)):
             yield tuple(ranked[:count])
 
