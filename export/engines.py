@@ -248,11 +248,7 @@ class _Workshop:
         return made_by(best)
 
     def _refusal(self) -> str:
-        worst = self.tried[_words(())]
-        text = (
-            f"{self.name} differs from torch over {worst.images:,} images: {'; '.join(self.tolerance.faults(worst))}. "
-            "It was not installed; torch still runs this backbone (--runtime torch)"
-        )
+        text = self.tolerance.refusal(self.tried[_words(())], self.name)
         if not self.sensitivity:
             return text
         found = {f"{name}, {one.images:,} images": one for name, one in self.sensitivity.items()} | self.tried

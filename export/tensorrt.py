@@ -15,7 +15,7 @@ from export.onnx import write_graph
 from galembed.backbones import Backbone, cache_folder, file_digest
 from galembed.engines import EngineRecord, install
 from galembed.errors import BadRequest, EmbeddingDrift
-from galembed.fidelity import Tolerance
+from galembed.fidelity import TOLERANCES, Tolerance
 from galembed.runtimes.plans import Library, PlanHeader, dotted, find_library, messages, plan_name, write_plan
 from galembed.runtimes.proving import judged, refusal
 from galembed.runtimes.tensorrt import TensorRTRuntime, present_sm, write_cache
@@ -100,7 +100,7 @@ def export_tensorrt(
         for target in targets:
             plan = Path(scratch) / f"{plan_name(precision, target)}.plan"
             header = build_plan(library, graph, plan, backbone, precision, target)
-            record = _record(plan, header, backbone, opset, tuple(kept), tolerance or Tolerance.of(precision))
+            record = _record(plan, header, backbone, opset, tuple(kept), tolerance or TOLERANCES[precision])
             record = _proved_here(record, backbone, plan.parent)
             installed = install(record, plan, backbone).with_name(record.file)
             reports.append(PlanReport(record, installed, installed.stat().st_size / 1e6))

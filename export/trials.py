@@ -73,7 +73,6 @@ def gather(
         To find the ranges of int8 with; `verify`'s other sources unless given.
     images, gallery, calibration : int
         How many, at most. Where there are fewer readable sources, calibration and images come before the gallery.
-
     fewest : int
         Images to compare on, and others in the gallery, that there have to be; at 1 there need be no gallery.
 

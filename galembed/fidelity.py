@@ -89,11 +89,6 @@ class Tolerance:
     prediction_error: float = 1e-3
     probe_drop: float = 0.005
 
-    @classmethod
-    def of(cls, numeric_class: str) -> Tolerance:
-        """Return the default of a numeric class."""
-        return TOLERANCES[numeric_class]
-
     def faults(self, fidelity: Fidelity) -> list[str]:
         """Return every number that is out of bounds; what could not be measured is not, NaN in the vectors is."""
         found = []
@@ -117,12 +112,15 @@ class Tolerance:
         EmbeddingDrift
             Naming every number that is out of bounds.
         """
-        faults = self.faults(fidelity)
-        if faults:
-            raise EmbeddingDrift(
-                f"the engine differs from torch over {fidelity.images:,} images: {'; '.join(faults)}. "
-                "It was not installed; torch still runs this backbone (--runtime torch)"
-            )
+        if self.faults(fidelity):
+            raise EmbeddingDrift(self.refusal(fidelity))
+
+    def refusal(self, fidelity: Fidelity, name: str = "the engine") -> str:
+        """Return why an engine is not installed, in words, with every number that is out of bounds."""
+        return (
+            f"{name} differs from torch over {fidelity.images:,} images: {'; '.join(self.faults(fidelity))}. "
+            "It was not installed; torch still runs this backbone (--runtime torch)"
+        )
 
 
 TOLERANCES: Final = {

@@ -13,7 +13,7 @@ from export.tensorrt import PRECISIONS, batch_profile, export_tensorrt, supporte
 from galembed.backbones import Backbone, load_backbone, save_backbone
 from galembed.engines import read_engine
 from galembed.errors import BadRequest, EmbeddingDrift
-from galembed.fidelity import Tolerance
+from galembed.fidelity import TOLERANCES, Tolerance
 from galembed.runtimes.plans import Library, find_library, read_plan
 from tests.galembed.plans import DriftingPlanRuntime, FakePlanRuntime
 
@@ -87,7 +87,7 @@ def test_each_gpu_has_a_report_of_its_own_that_nothing_has_proved(copy: Backbone
         assert replace(stored, input={}) == replace(report.record, input={})
         assert stored.checked(copy) == report.plan
         assert (stored.status, stored.kept, stored.numeric_class) == ("unverified", ("norm",), "fp16")
-        assert Tolerance(**stored.tolerance) == Tolerance.of("fp16")
+        assert Tolerance(**stored.tolerance) == TOLERANCES["fp16"]
     assert sorted(path.suffix for path in copy.engines.iterdir()) == [".json", ".json", ".plan", ".plan"]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from galembed.backbones import Backbone, file_digest
 from galembed.engines import EngineRecord, install
-from galembed.fidelity import Tolerance
+from galembed.fidelity import TOLERANCES
 from galembed.runtimes import Embedded
 from galembed.runtimes.plans import Library, PlanHeader, plan_name, write_plan
 from galembed.runtimes.torch import TorchRuntime
@@ -58,7 +58,7 @@ def install_plan(
         embedding_id=backbone.embedding_id,
         head_id=backbone.head_id,
         status="verified",
-        tolerance=asdict(Tolerance.of("fp32")),
+        tolerance=asdict(TOLERANCES["fp32"]),
         settings={"sm": 86},
     )
     report = replace(report, **record)
