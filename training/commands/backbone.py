@@ -67,10 +67,8 @@ def import_(
     """
     if images is None and any((catalogue, crop, survey, bands)):
         raise click.UsageError("--catalogue, --crop, --survey and --bands describe --images; give that too")
-    from rich.console import Console
-    from rich.progress import Progress
-
     from galembed.mappings import named_mapping
+    from galembed.progress import stages
     from galembed.sources import open_source
     from training.weights.imports import import_backbone
 
@@ -78,14 +76,7 @@ def import_(
     if images is not None:
         reader = open_source(images, catalogue=catalogue, crop=crop, survey=survey, bands=parse_bands(bands))
         click.echo(recognised(reader))
-    with Progress(console=Console(stderr=True)) as bars:
-        tasks = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
-
+    with stages() as show:
         made = import_backbone(
             spec,
             out,

@@ -27,19 +27,10 @@ def simulate(
     workers: int | None,
 ) -> None:
     """Simulate a small survey in OUT: bricks in the Legacy Surveys' layout, cutouts, catalogue and votes."""
-    from rich.console import Console
-    from rich.progress import Progress
-
+    from galembed.progress import stages
     from training.simulation import simulate_survey
 
-    with Progress(console=Console(stderr=True)) as bars:
-        tasks = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
-
+    with stages() as show:
         files = simulate_survey(
             out,
             bricks=bricks,

@@ -15,8 +15,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import Progress
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
@@ -25,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from galembed.backbones import Backbone, InputContract, cache_folder
 from galembed.errors import GalembedError, UnreadableInput
 from galembed.network import GalaxyNetwork
+from galembed.progress import progress
 from galembed.runtimes.torch import load_network
 from galembed.schemas import SOURCES
 from galembed.sources import SourceReader
@@ -130,8 +129,9 @@ def encoder_features(
     unreadable: list[str] = []
     batches = CutoutBatches(reader, rows.take(pa.array(order)), contract)
     loader: DataLoader[Any] = DataLoader(batches, batch_size=None, num_workers=workers)
-    with Progress(console=Console(stderr=True)) as bars:
-        for pixels, numbers, found, reasons in bars.track(loader, description="features"):
+    with progress("features", len(order)) as advance:
+        for pixels, numbers, found, reasons in loader:
+            advance(len(numbers) + len(reasons))
             unreadable += reasons
             if numbers:
                 encoded = network.features(network.channels(pixels.to(device), reader.kind))

@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import Progress
 
 from galembed.backbones import InputContract
 from galembed.errors import BadRequest, UnreadableInput
 from galembed.files import is_url
+from galembed.progress import progress
 from galembed.questions import QuestionTree
 from galembed.schemas import SOURCES
 from galembed.sources import SourceReader, open_source
@@ -450,9 +450,8 @@ def _exact_file(file: Path) -> Path:
 
 
 def _read(task: Task, rows: pa.Table, workers: int, what: str) -> Facts:
-    with Progress(console=Console(stderr=True)) as bars:
-        bar = bars.add_task(what, total=len(rows))
-        return read_all(task, rows, workers=workers, progress=lambda done: bars.advance(bar, done))
+    with progress(what, len(rows)) as advance:
+        return read_all(task, rows, workers=workers, progress=advance)
 
 
 def _require_readable(tasks: Sequence[Task], rows: pa.Table, reasons: Mapping[int, str], most: float) -> None:

@@ -16,13 +16,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import Progress
 from torch.utils.data import DataLoader
 
 from galembed.backbones import Backbone, load_backbone
 from galembed.errors import BadRequest, SchemaMismatch, UnreadableInput
 from galembed.network import GalaxyNetwork
+from galembed.progress import progress
 from galembed.questions import QuestionTree, packaged_trees, question_tree
 from galembed.runtimes.torch import load_network
 from training.data.features import CutoutBatches
@@ -398,8 +397,9 @@ def _predict(
     good = np.zeros(len(images), bool)
     unreadable: list[str] = []
     loader: DataLoader[Any] = DataLoader(batches, batch_size=None, num_workers=workers)
-    with Progress(console=Console(stderr=True)) as bars:
-        for pixels, numbers, _, reasons in bars.track(loader, description="predicting"):
+    with progress("predicting", len(order)) as advance:
+        for pixels, numbers, _, reasons in loader:
+            advance(len(numbers) + len(reasons))
             unreadable += reasons
             if numbers:
                 features = network.features(network.channels(pixels.to(device), images.reader.kind))
