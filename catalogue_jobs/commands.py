@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from galembed.engines import NUMERIC_CLASSES
-from galembed.options import COLUMNS, parse_bands, parse_batch, parse_pairs, recognised, source_options
+from galembed.options import COLUMNS, parse_bands, parse_batch, parse_pairs, parse_share, recognised, source_options
 from galembed.runtimes import RUNTIMES
 
 
@@ -19,6 +19,11 @@ from galembed.runtimes import RUNTIMES
 @click.option("--scheduler", help="Address of a Dask scheduler (tcp://...); local processes without it.")
 @click.option("--workers", type=click.IntRange(min=1), help="Local processes.  [default: one per core]")
 @click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="Threads of each worker's engine.  [default: the cores, shared; 1 with --scheduler]",
+)
+@click.option(
     "--batch",
     default="32",
     metavar="N|auto",
@@ -27,7 +32,14 @@ from galembed.runtimes import RUNTIMES
 )
 @click.option("--carry", multiple=True, metavar="COLUMN", help="Catalogue column to keep in the store; repeatable.")
 @click.option("--retry-failed", is_flag=True, help="Try sources again that failed before.")
-@click.option("--max-failures", type=float, help="Stop when more than this fraction of the sources has failed.")
+@click.option("--keep-changed", is_flag=True, help="Leave vectors as they are whose files have changed.")
+@click.option("--prune", is_flag=True, help="Remove sources of this survey that the list no longer has.")
+@click.option(
+    "--max-failures",
+    metavar="SHARE",
+    help="Stop when more than this share of the sources tried has failed (5% or 0.05), once 1,000 are tried.",
+)
+@click.option("--plan-only", is_flag=True, help="Say what there is to do and what it will cost, and stop.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 def embed(
     source: str,
@@ -38,6 +50,7 @@ def embed(
     precision: str | None,
     scheduler: str | None,
     workers: int | None,
+    threads: int | None,
     batch: str,
     crop: float | None,
     survey: str | None,
@@ -47,7 +60,10 @@ def embed(
     carry: tuple[str, ...],
     column: tuple[str, ...],
     retry_failed: bool,
-    max_failures: float | None,
+    keep_changed: bool,
+    prune: bool,
+    max_failures: str | None,
+    plan_only: bool,
     quiet: bool,
 ) -> None:
     """Embed every source of SOURCE into a store.
@@ -75,18 +91,28 @@ def embed(
     click.echo(recognised(reader), err=True)
     if backbone == BUILTIN:
         click.echo(f"built-in backbone {chosen.name} (embedding_id {chosen.embedding_id[:12]})", err=True)
+    common = {
+        "backbone": chosen,
+        "runtime": runtime,
+        "precision": precision,
+        "workers": workers,
+        "threads": threads,
+        "batch": parse_batch(batch, "--batch"),
+        "retry_failed": retry_failed,
+        "keep_changed": keep_changed,
+    }
+    share = None if max_failures is None else parse_share(max_failures, "--max-failures")
+    if plan_only:
+        click.echo(str(run.forecast(reader, store, **common)))  # type: ignore[arg-type]
+        return
     try:
         report = run.embed(
             reader,
             store,
-            backbone=chosen,
-            runtime=runtime,
-            precision=precision,
+            **common,  # type: ignore[arg-type]
             scheduler=scheduler,
-            workers=workers,
-            batch=parse_batch(batch, "--batch"),
-            retry_failed=retry_failed,
-            max_failures=max_failures,
+            prune_withdrawn=prune,
+            max_failures=share,
             progress=not quiet,
         )
     except KeyboardInterrupt as interrupt:

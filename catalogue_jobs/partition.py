@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -38,16 +39,19 @@ class Timings:
         As far as the reader tells: a cutout may have a `read_seconds`.
     cut : float
         The rest of the time spent in the reader.
+    wait : float
+        Until the engine was free: another partition was in it.
     infer, write : float
     """
 
     read: float = 0.0
     cut: float = 0.0
+    wait: float = 0.0
     infer: float = 0.0
     write: float = 0.0
 
     def __add__(self, other: Timings) -> Timings:
-        return Timings(self.read + other.read, self.cut + other.cut, self.infer + other.infer, self.write + other.write)
+        return Timings(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ def embed_partition(
     *,
     partition: str,
     batch: int = BATCH,
+    turn: AbstractContextManager[Any] | None = None,
 ) -> Outcome:
     """Embed the sources of one partition.
 
@@ -118,17 +123,23 @@ def embed_partition(
         Its name, for each row.
     batch : int
         Images given to the runtime at once.
+    turn : context manager, optional
+        Entered for each call of the runtime: a lock that partitions of one process share.
     """
+    turn = turn or nullcontext()
     collected = _Collected()
-    read = cut = infer = 0.0
+    read = cut = wait = infer = 0.0
     tiles_opened = 0
     waiting: list[tuple[int, Cutout]] = []
 
     def flush() -> None:
-        nonlocal infer
-        start = time.perf_counter()
-        _infer(waiting, runtime, reader.kind, collected)
-        infer += time.perf_counter() - start
+        nonlocal wait, infer
+        asked = time.perf_counter()
+        with turn:
+            start = time.perf_counter()
+            _infer(waiting, runtime, reader.kind, collected)
+            infer += time.perf_counter() - start
+        wait += start - asked
         waiting.clear()
 
     outcomes = cut_all(rows, reader, contract)
@@ -152,7 +163,7 @@ def embed_partition(
     return Outcome(
         _embeddings(rows, collected, schema, reader.kind, runtime.engine, partition),
         failure_rows(rows, collected.failures, partition),
-        Timings(read=min(read, cut), cut=max(cut - read, 0.0), infer=infer),
+        Timings(read=min(read, cut), cut=max(cut - read, 0.0), wait=wait, infer=infer),
         tiles_opened,
     )
 

@@ -20,7 +20,7 @@ from galembed.errors import SchemaMismatch
 from galembed.schemas import FAILURES, SOURCES, conform
 from galembed.sky import HEALPIX_ORDER, healpix_index
 from galembed.sources import SourceList
-from galembed.store.commit import StoreKeys, joined, joined_key
+from galembed.store.keys import KEY, StoreKeys, joined, joined_key
 
 ROWS_PER_PARTITION: Final = 256
 
@@ -64,9 +64,13 @@ class Outstanding:
     listed : int
         Sources in the list, without the rejected ones.
     embedded, failed : int
-        Listed sources that the store has as rows, or as failures that are not tried again.
-    changed : int
-        Embedded sources whose file is another version now; they are left as they are.
+        Listed sources that the store has as rows, or as failures, and that are not tried again.
+    changed : pa.Table
+        `survey`, `source_id` of those sources to embed that the store has, from another version of their file.
+    outdated : int
+        Such sources that are left as they are.
+    withdrawn : pa.Table
+        `survey`, `source_id` of sources that the store has, of a survey of this list, and that are not in the list.
     rejected : pa.Table
         Failures of the list itself that the store does not have (`galembed.schemas.FAILURES`).
     """
@@ -75,12 +79,19 @@ class Outstanding:
     listed: int
     embedded: int
     failed: int
-    changed: int
+    changed: pa.Table
+    outdated: int
+    withdrawn: pa.Table
     rejected: pa.Table
 
 
-def outstanding(sources: SourceList, stored: StoreKeys | None, *, retry_failed: bool = False) -> Outstanding:
+def outstanding(
+    sources: SourceList, stored: StoreKeys | None, *, retry_failed: bool = False, keep_changed: bool = False
+) -> Outstanding:
     """Return what a store still lacks of a source list.
+
+    A source whose file is another version than when it was embedded, or failed, is to be done again. Versions are
+    compared where both are known.
 
     Parameters
     ----------
@@ -89,6 +100,8 @@ def outstanding(sources: SourceList, stored: StoreKeys | None, *, retry_failed: 
         None for a store that does not exist yet.
     retry_failed : bool
         Try sources again that have failed.
+    keep_changed : bool
+        Leave vectors as they are although their source's file is another version now.
 
     Raises
     ------
@@ -102,20 +115,29 @@ def outstanding(sources: SourceList, stored: StoreKeys | None, *, retry_failed: 
         raise SchemaMismatch(f"the source list names {len(key) - pc.count_distinct(key).as_py()} source(s) twice")
     rejected = _failures_of_list(sources.rejected)
     rejected = rejected.filter(pc.invert(pc.is_in(joined_key(rejected), value_set=key)))
+    none = table.select(list(KEY)).slice(0, 0)
     if stored is None:
-        return Outstanding(table, len(table), 0, 0, 0, rejected)
+        return Outstanding(table, len(table), 0, 0, none, 0, none, rejected)
     embedded = pc.is_in(key, value_set=joined_key(stored.embedded))
     # What the list rejected once and accepts now was never tried.
     tried = stored.failed.filter(pc.not_equal(stored.failed["stage"], "list"))
     failed = pc.and_not(pc.is_in(key, value_set=joined_key(tried)), embedded)
-    settled = embedded if retry_failed else pc.or_(embedded, failed)
+    changed = pc.and_(embedded, _other_version(table, key, stored.embedded))
+    again = pc.and_(failed, pc.or_(_other_version(table, key, tried), pa.scalar(retry_failed)))
+    outdated = _count(changed) if keep_changed else 0
+    if keep_changed:
+        changed = pc.and_(changed, pa.scalar(False))
+    embedded = pc.and_not(embedded, changed)
+    failed = pc.and_not(failed, again)
     known = pa.concat_arrays([joined_key(stored.embedded), joined_key(stored.failed)])
     return Outstanding(
-        table=table.filter(pc.invert(settled)),
+        table=table.filter(pc.invert(pc.or_(embedded, failed))),
         listed=len(table),
         embedded=_count(embedded),
-        failed=0 if retry_failed else _count(failed),
-        changed=_changed(table.filter(embedded), stored.embedded),
+        failed=_count(failed),
+        changed=table.select(list(KEY)).filter(changed),
+        outdated=outdated,
+        withdrawn=_withdrawn(stored, table, sources.rejected),
         rejected=rejected.filter(pc.invert(pc.is_in(joined_key(rejected), value_set=known))),
     )
 
@@ -149,7 +171,7 @@ def partitions(table: pa.Table, rows_per_partition: int = ROWS_PER_PARTITION) ->
         label = (
             ""
             if tile[group[0]] == _SHARED_CELL
-            else _tile_label(_files(table["source_uri"].slice(int(group[0]), 1))[0].as_py())
+            else _tile_label(files_of(table["source_uri"].slice(int(group[0]), 1))[0].as_py())
         )
         kind = "hp" if positioned[group[0]] else "h"
         for cell, rows in _leaves(group, index[group], key, rows_per_partition, kind):
@@ -189,14 +211,14 @@ def halves(table: pa.Table, part: Partition) -> list[Partition]:
 
 def _tiles(uris: pa.ChunkedArray, many: int) -> NDArray[np.int64]:
     """Return a code for each tile or table of at least `many` sources, and `_SHARED_CELL` for the other rows."""
-    codes = pc.fill_null(_files(uris).dictionary_encode().indices, -1).to_numpy(zero_copy_only=False)
+    codes = pc.fill_null(files_of(uris).dictionary_encode().indices, -1).to_numpy(zero_copy_only=False)
     codes = codes.astype(np.int64)
     known = codes >= 0
     counts = np.bincount(codes[known], minlength=1)
     return np.where(known & (counts[codes] >= many), codes, _SHARED_CELL)
 
 
-def _files(uris: pa.ChunkedArray) -> pa.Array:
+def files_of(uris: pa.ChunkedArray) -> pa.Array:
     """Return uris without the row number of a table's (``shard.parquet#12``)."""
     whole = joined(uris)
     if not pc.any(pc.match_substring(whole, "#")).as_py():
@@ -283,10 +305,19 @@ def _failures_of_list(rejected: pa.Table) -> pa.Table:
     return conform(rejected, FAILURES)
 
 
-def _changed(table: pa.Table, embedded: pa.Table) -> int:
-    """Count the rows whose version is known, now and in the store, and not the same."""
-    at = pc.index_in(joined_key(table), value_set=joined_key(embedded))
-    return _count(pc.not_equal(table["source_version"], embedded["source_version"].take(at)))
+def _other_version(table: pa.Table, key: pa.Array, stored: pa.Table) -> pa.Array:
+    """Return which rows have another version in the store; false where either is unknown."""
+    at = pc.index_in(key, value_set=joined_key(stored))
+    then = stored["source_version"].combine_chunks().take(at)
+    return pc.fill_null(pc.not_equal(table["source_version"].combine_chunks(), then), False)
+
+
+def _withdrawn(stored: StoreKeys, table: pa.Table, rejected: pa.Table) -> pa.Table:
+    """Return the keys of the store that are of one of the list's surveys, and not in the list."""
+    have = pa.concat_tables([stored.embedded.select(list(KEY)), stored.failed.select(list(KEY))])
+    have = have.filter(pc.is_in(have["survey"], value_set=pc.unique(table["survey"])))
+    listed = pa.concat_arrays([joined_key(table), joined_key(rejected)])
+    return have.filter(pc.invert(pc.is_in(joined_key(have), value_set=listed)))
 
 
 def _count(mask: Any) -> int:

@@ -1,4 +1,4 @@
-"""Commands on questions, sources and stores: questions, surveys, look, index, search, probe, status.
+"""Commands on questions, sources and stores: questions, surveys, look, index, search, status.
 
 Heavy imports are inside.
 """
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from galembed.probes import ProbeReport
     from galembed.search import Hits
     from galembed.store import Store
 
@@ -119,11 +118,19 @@ def index(store: str, kind: str) -> None:
 
 @click.command()
 @click.argument("store")
-def status(store: str) -> None:
-    """Say what STORE holds: sources, failures by reason, backbone, engines, index."""
+@click.option("--verify", is_flag=True, help="Read all of it: each source once, every file there, all vectors sound.")
+def status(store: str, verify: bool) -> None:
+    """Say what STORE holds: sources, failures by reason, backbone, engines, index; and how its job stands."""
     from galembed.store import open_store
 
     click.echo(str(open_store(store).status()))
+    if verify:
+        from galembed.store import checks
+
+        found = checks.verify(store)
+        click.echo(str(found))
+        if not found.ok:
+            raise SystemExit(1)
 
 
 @click.command()
@@ -231,102 +238,3 @@ def _write(hits: Hits, out: Path) -> None:
         hits.write(out, format=formats.get(out.suffix.lower()), overwrite=True)
     except Exception as error:  # astropy's writers raise whatever their libraries do
         raise BadRequest(f"the hits cannot be written to {out}: {str(error).strip().splitlines()[0]}") from error
-
-
-@click.group()
-def probe() -> None:
-    """Classify a whole store from a few labels."""
-
-
-_LABELS = click.option("--labels", type=_FILE, required=True, help="Table of labelled sources: FITS, VOTable, CSV ...")
-_ID_COLUMN = click.option("--id-column", help="Its id column, where it is not guessed right.")
-_RADIUS = click.option("--radius", type=float, help="Match labels by position instead, within so many arcsec.")
-_REPORT = click.option("--report", type=_FILE, help="Write the scores here, in Markdown.")
-_PLOT = click.option("--plot", type=_FILE, help="Draw the confusion matrix: .png or .pdf.")
-
-
-@probe.command("fit")
-@click.argument("store")
-@_LABELS
-@click.option("--column", required=True, help="Label column: text, integers or booleans.")
-@click.option("--out", type=_FILE, required=True, help="Folder for the probe.")
-@_ID_COLUMN
-@_RADIUS
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the cross-validation's folds.")
-@_REPORT
-@_PLOT
-def fit(
-    store: str,
-    labels: Path,
-    column: str,
-    out: Path,
-    id_column: str | None,
-    radius: float | None,
-    seed: int,
-    report: Path | None,
-    plot: Path | None,
-) -> None:
-    """Fit a linear classifier on STORE and score it by cross-validation."""
-    from galembed.probes import fit_probe, save_probe
-    from galembed.store import open_store
-
-    fitted, scores = fit_probe(
-        open_store(store), labels, column, id_column=id_column, radius=radius, seed=seed, name=out.name
-    )
-    save_probe(fitted, out)
-    _tell(scores, report, plot)
-    click.echo(f"probe written to {out}")
-
-
-@probe.command("evaluate")
-@click.argument("store")
-@click.argument("probe_path", metavar="PROBE", type=_FILE)
-@_LABELS
-@click.option("--column", help="Label column, where it is not the one that the probe was fitted to.")
-@_ID_COLUMN
-@_RADIUS
-@_REPORT
-@_PLOT
-def evaluate(
-    store: str,
-    probe_path: Path,
-    labels: Path,
-    column: str | None,
-    id_column: str | None,
-    radius: float | None,
-    report: Path | None,
-    plot: Path | None,
-) -> None:
-    """Score PROBE on labels that it was not fitted to."""
-    from galembed.probes import evaluate_probe, load_probe
-    from galembed.store import open_store
-
-    _tell(
-        evaluate_probe(open_store(store), load_probe(probe_path), labels, column, id_column=id_column, radius=radius),
-        report,
-        plot,
-    )
-
-
-@probe.command("apply")
-@click.argument("store")
-@click.argument("probe_path", metavar="PROBE", type=_FILE)
-@click.option("--out", type=_FILE, required=True, help="Parquet file for the classes and probabilities.")
-def apply(store: str, probe_path: Path, out: Path) -> None:
-    """Classify every source of STORE with PROBE."""
-    from galembed.probes import apply_probe, load_probe
-    from galembed.store import open_store
-
-    rows = apply_probe(open_store(store), load_probe(probe_path), out)
-    click.echo(f"{rows:,} sources classified in {out}")
-
-
-def _tell(scores: ProbeReport, report: Path | None, plot: Path | None) -> None:
-    click.echo(str(scores))
-    if report is not None:
-        report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text(f"{scores}\n", encoding="utf-8")
-    if plot is not None:
-        from galembed.pictures import confusion_figure, save_figure
-
-        save_figure(confusion_figure(scores), plot)

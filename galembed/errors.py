@@ -13,6 +13,7 @@
     ├── ArtifactMismatch     a digest or identity is not the one on record        (ValueError)
     ├── EmbeddingDrift       an exported engine disagrees with torch              (ArithmeticError)
     ├── StoreBusy            another job holds the lease of the store             (RuntimeError)
+    ├── StorageError         the disk or object storage under a store fails       (OSError)
     └── BadRequest           a query, filter or option that cannot be carried out (ValueError)
 
 Catch `GalembedError` to catch them all; each is also the built-in that a stranger would catch. The command line
@@ -85,6 +86,12 @@ class StoreBusy(GalembedError, RuntimeError):
     """Another job holds the lease of this store."""
 
     reason = "store_busy"
+
+
+class StorageError(GalembedError, OSError):
+    """The disk is full, or the place of a store cannot be reached or written."""
+
+    reason = "storage"
 
 
 class BadRequest(GalembedError, ValueError):

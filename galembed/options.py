@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import reduce
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
@@ -105,6 +106,24 @@ def parse_batch(text: str, name: str) -> int | Literal["auto"]:
     if not text.strip().isdecimal() or int(text) < 1:
         raise click.BadParameter(f"{text!r} is no number of images; write one of at least 1, or auto", param_hint=name)
     return int(text)
+
+
+def parse_share(text: str, name: str) -> float:
+    """Return a share between 0 and 1, written as ``5%`` or ``0.05``.
+
+    Raises
+    ------
+    click.BadParameter
+        If it is neither.
+    """
+    number, percent, rest = text.strip().partition("%")
+    try:
+        share = float(number) / (100 if percent else 1)
+    except ValueError:
+        share = math.nan
+    if rest or not 0 <= share <= 1:
+        raise click.BadParameter(f"{text!r} is no share; write a percentage as 5%, or as 0.05", param_hint=name)
+    return share
 
 
 def recognised(reader: SourceReader) -> str:

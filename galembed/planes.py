@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import threading
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final
@@ -44,6 +45,11 @@ _MOST_STRETCHED: Final = 20.0
 
 _CHECKSUM_BLOCK: Final = 2**24
 """Bytes read at a time: an uncompressed Euclid tile is 1.5 GB."""
+
+
+_DECOMPRESSOR: Final = threading.Lock()
+_REENTRANT: Final = ("RICE_1", "GZIP_1", "GZIP_2", "NOCOMPRESS")
+"""Decompressors that threads may be in at once."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,7 @@ class Pixels:
         try:
             if int(np.prod(self.shape)) > LARGEST_PLANE:
                 raise ValueError(f"the header promises {self.shape} pixels")
-            with warnings.catch_warnings(), np.errstate(over="ignore", invalid="ignore"):
+            with self._turn(), warnings.catch_warnings(), np.errstate(over="ignore", invalid="ignore"):
                 warnings.simplefilter("ignore", AstropyWarning)
                 if keep and box is None:
                     data = self.hdu.data if self.index is None else self.hdu.data[self.index]
@@ -115,6 +121,16 @@ class Pixels:
     def forget(self) -> None:
         """Let go of a plane that `read` kept."""
         del self.hdu.data
+
+    def _turn(self) -> AbstractContextManager[Any]:
+        """Return what threads take turns by, where the decompressor cannot be in two places at once.
+
+        astropy lets go of the interpreter around cfitsio, whose HCOMPRESS keeps its state in globals: two threads
+        get each other's bits, now and then without an error.
+        """
+        if self.compressed and as_stored(self.hdu).header.get("ZCMPTYPE") not in _REENTRANT:
+            return _DECOMPRESSOR
+        return nullcontext()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
+import uuid
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -48,3 +53,46 @@ def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
         },
         provenance={"command": "tests"},
     )
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[str]:
+    """Address of an S3 server in this process."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def amazon(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Say where S3 is, as users do: by the environment."""
+    import s3fs
+
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, os.devnull)
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_MAX_ATTEMPTS": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield partial(monkeypatch.setenv, "AWS_ENDPOINT_URL")
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def bucket(amazon: Callable[[str], None], moto: str, request: pytest.FixtureRequest) -> str:
+    """URL of an empty bucket of the test's own."""
+    import s3fs
+
+    amazon(moto)
+    name = re.sub(r"[^a-z0-9]+", "-", request.node.name.lower())[:50].strip("-") + f"-{uuid.uuid4().hex[:8]}"
+    s3fs.S3FileSystem().mkdir(name)
+    return f"s3://{name}"

@@ -6,7 +6,6 @@ Writing is `galembed.store.commit`'s. LanceDB is loaded when a store is opened.
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import numbers
 from collections import Counter
@@ -23,6 +22,7 @@ from astropy.table import Row, Table
 from numpy.typing import NDArray
 
 from galembed.errors import ArtifactNotFound, BadRequest
+from galembed.files import is_url
 from galembed.schemas import FAILURES, StoreContract, answers_of, embeddings_schema
 from galembed.search import (
     HIT_COLUMNS,
@@ -35,6 +35,9 @@ from galembed.search import (
     unit_vector,
 )
 from galembed.sky import separation_arcsec
+from galembed.store.jobs import job_text, worker_lines
+from galembed.store.lease import writer
+from galembed.store.places import first_line, join, read_json, resolve, storage_options
 
 EMBEDDINGS_TABLE: Final = "embeddings"
 FAILURES_TABLE: Final = "failures"
@@ -59,25 +62,24 @@ def open_store(path: str | Path) -> Store:
     Raises
     ------
     ArtifactNotFound
-        If nothing has been embedded there.
+        If nothing has been embedded there, or the object storage cannot be reached.
     ArtifactMismatch
         If it is a LanceDB directory that galembed did not make.
+    BadRequest
+        If no store can be kept at such an address.
     """
     advice = "make a store with `galembed embed SOURCES --store PATH`"
-    uri = str(path)
-    if "://" not in uri:
-        uri = str(Path(path).expanduser())
+    uri = resolve(path) if is_url(path) else str(Path(path).expanduser())
+    if not is_url(uri):
         if not Path(uri).is_dir():
             what = "is a file" if Path(uri).exists() else "does not exist"
             raise ArtifactNotFound(f"no store at {uri}: it {what}; {advice}")
         if not (Path(uri) / f"{EMBEDDINGS_TABLE}.lance").is_dir():
             raise ArtifactNotFound(f"no store at {uri}: it holds no {EMBEDDINGS_TABLE} table; {advice}")
-    import lancedb
-
     try:
-        table = lancedb.connect(uri).open_table(EMBEDDINGS_TABLE)
+        table = _connect(uri).open_table(EMBEDDINGS_TABLE)
     except (ValueError, OSError, RuntimeError) as error:
-        raise ArtifactNotFound(f"no store can be opened at {uri}: {_first_line(error)}; {advice}") from error
+        raise ArtifactNotFound(f"no store can be opened at {uri}: {first_line(error)}; {advice}") from error
     return Store(uri, StoreContract.from_schema(table.schema), table.schema, table)
 
 
@@ -105,6 +107,8 @@ class Status:
         Rows that the vector index does not hold; they are searched exactly, which costs time.
     job : mapping
         Account of the last embedding job; empty if there is none.
+    writer : str, optional
+        The job that is writing it now.
     carried : tuple of str
         Catalogue columns.
     predictions : tuple of str
@@ -123,6 +127,7 @@ class Status:
     index: str
     unindexed: int
     job: Mapping[str, Any] = field(default_factory=dict)
+    writer: str | None = None
     carried: tuple[str, ...] = ()
     predictions: tuple[str, ...] = ()
     flags: Mapping[str, int] = field(default_factory=dict)
@@ -155,9 +160,11 @@ class Status:
             "head": head,
             "engines": ", ".join(f"{name} ({count:,})" for name, count in self.engines.items()) or "none",
             "search": index,
-            "last job": ", ".join(f"{key} {value}" for key, value in self.job.items() if _plain(value)) or "unknown",
+            "last job": job_text(self.job, self.writer),
         }
-        return "\n".join(f"{name:<9} {text}" for name, text in lines.items())
+        shown = [f"{name:<9} {text}" for name, text in lines.items()]
+        shown += [f"{'':<9} {line}" for line in (worker_lines(self.job) if self.writer else ())]
+        return "\n".join(shown)
 
 
 @dataclass(frozen=True)
@@ -284,11 +291,8 @@ class Store:
         return Table(arrow_columns(table), copy=False)
 
     def _raw_failures(self) -> pa.Table:
-        import lancedb
-
-        connection = lancedb.connect(self.path)
         try:
-            return connection.open_table(FAILURES_TABLE).to_arrow()
+            return _connect(self.path).open_table(FAILURES_TABLE).to_arrow()
         except (ValueError, FileNotFoundError):
             return FAILURES.empty_table()
 
@@ -321,7 +325,8 @@ class Store:
             partitions=len(partitions),
             index=kind,
             unindexed=statistics.num_unindexed_rows if statistics else 0,
-            job=_read_job(self.path),
+            job=read_json(join(self.path, JOB_FILE)),
+            writer=writer(self.path),
             flags=dict(flags.most_common()),
         )
 
@@ -427,7 +432,7 @@ class Store:
         elif kinds := list(self.vector_indexes().values()):
             # Recall first. Bits tell distances less well than bytes do: more candidates are compared exactly.
             refine = 10 if kinds[0] == "IvfRq" else 3
-            query = query.nprobes(64).ef(max(128, 2 * count)).refine_factor(refine)
+            query = query.nprobes(64).ef(max(128, refine * count)).refine_factor(refine)
         try:
             return query.to_arrow()
         except (ValueError, RuntimeError) as error:
@@ -565,22 +570,10 @@ def _id_text(value: Any) -> str:
 
 def _refused(where: str | None, error: Exception) -> BadRequest:
     what = f"the filter {where!r} cannot be carried out" if where else "the search cannot be carried out"
-    return BadRequest(f"{what}: {_first_line(error)}")
+    return BadRequest(f"{what}: {first_line(error)}")
 
 
-def _first_line(error: Exception) -> str:
-    # Lance appends the place in its own source.
-    return str(error).splitlines()[0].partition(", /")[0] if str(error) else type(error).__name__
+def _connect(path: str) -> Any:
+    import lancedb
 
-
-def _plain(value: Any) -> bool:
-    return isinstance(value, str | int | float) and value != ""
-
-
-def _read_job(path: str) -> dict[str, Any]:
-    file = Path(path) / JOB_FILE
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return data if isinstance(data, dict) else {}
+    return lancedb.connect(path, storage_options=storage_options(path) or None)

@@ -25,7 +25,7 @@ DIM = 8
 
 @dataclass(frozen=True)
 class FakeReader:
-    """`count` sources named g0, g1...; those named in a tuple misbehave as it says.
+    """`count` sources named g0, g1...; those named in a tuple misbehave as it says; `changed` ones have new files.
 
     `log` is a file that gets a line for each cutout made.
     """
@@ -35,6 +35,7 @@ class FakeReader:
     raising: tuple[str, ...] = ()
     deadly: tuple[str, ...] = ()
     rejected: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
     positions: bool = True
     tiles: int = 0
     delay: float = 0.0
@@ -47,7 +48,11 @@ class FakeReader:
     bands: Mapping[str, str] = field(default_factory=lambda: {"blue": "g", "green": "r", "red": "z"})
 
     def sources(self) -> SourceList:
-        return SourceList(source_table(self.count, self.positions, self.tiles), _rejected(self.rejected))
+        table = source_table(self.count, self.positions, self.tiles)
+        versions = ["v2" if name in self.changed else "v1" for name in table["source_id"].to_pylist()]
+        at = table.column_names.index("source_version")
+        column = pa.array(versions, pa.string())
+        return SourceList(table.set_column(at, table.schema.field(at), column), _rejected(self.rejected))
 
     def cutouts(self, rows: pa.Table, contract: InputContract) -> Iterator[tuple[int, Cutout | GalembedError]]:
         for number, name in enumerate(rows["source_id"].to_pylist()):
@@ -62,7 +67,9 @@ class FakeReader:
             if self.log:
                 with Path(self.log).open("a") as stream:
                     stream.write(f"{name}\n")
-            pixels = np.random.default_rng(int(name[1:])).normal(0, 50, (3, contract.size, contract.size))
+            pixels = np.random.default_rng([int(name[1:]), name in self.changed]).normal(
+                0, 50, (3, contract.size, contract.size)
+            )
             yield number, Cutout(pixels.astype(np.float32), 1.0, 20.0)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 
-from catalogue_jobs import run
+from catalogue_jobs import account, run
 from galembed.backbones import load_backbone
 from tests.catalogue_jobs.fakes import FakeReader
 
@@ -17,7 +17,7 @@ def main() -> None:
     # As at a terminal: a shell's background jobs are born with it ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     store, backbone, log, delay = sys.argv[1:]
-    run.COMMIT_SECONDS = 0.0  # type: ignore[misc]
+    account.COMMIT_SECONDS = 0.0  # type: ignore[misc]
     run._SMALLEST_PARTITION = 1  # type: ignore[misc]
     reader = FakeReader(COUNT, empty=FAILING, log=log, delay=float(delay))
     report = run.embed(

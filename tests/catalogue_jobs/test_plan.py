@@ -126,19 +126,40 @@ def test_the_anti_join_leaves_what_is_in_neither_table() -> None:
     done = stored(table.slice(0, 4), table.slice(4, 3))
     todo = outstanding(listed(table), done)
     assert todo.table["source_id"].to_pylist() == ["g7", "g8", "g9"]
-    assert (todo.listed, todo.embedded, todo.failed, todo.changed) == (10, 4, 3, 0)
+    assert (todo.listed, todo.embedded, todo.failed, len(todo.changed)) == (10, 4, 3, 0)
     again = outstanding(listed(table), done, retry_failed=True)
     assert again.table["source_id"].to_pylist() == [f"g{number}" for number in range(4, 10)]
     assert outstanding(listed(table), None).table.equals(table)
 
 
-def test_an_embedded_source_with_a_new_file_is_counted_and_left() -> None:
+def older(table: pa.Table) -> pa.Table:
+    versions = pa.array(["v0", "v1", None, "v1"])
+    return table.set_column(table.column_names.index("source_version"), SOURCES.field("source_version"), versions)
+
+
+def test_a_source_with_a_new_file_is_planned_again() -> None:
     table = source_table(4)
-    old = table.set_column(
-        table.column_names.index("source_version"), SOURCES.field("source_version"), pa.array(["v0", "v1", None, "v1"])
-    )
-    todo = outstanding(listed(table), stored(old, table.slice(0, 0)))
-    assert (len(todo.table), todo.changed) == (0, 1)
+    todo = outstanding(listed(table), stored(older(table), table.slice(0, 0)))
+    assert todo.table["source_id"].to_pylist() == todo.changed["source_id"].to_pylist() == ["g0"]
+    assert (todo.embedded, todo.outdated) == (3, 0)
+    kept = outstanding(listed(table), stored(older(table), table.slice(0, 0)), keep_changed=True)
+    assert (len(kept.table), len(kept.changed), kept.embedded, kept.outdated) == (0, 0, 4, 1)
+
+
+def test_a_failure_with_a_new_file_is_tried_again() -> None:
+    table = source_table(4)
+    todo = outstanding(listed(table), stored(table.slice(0, 0), older(table)))
+    assert todo.table["source_id"].to_pylist() == ["g0"]
+    assert (todo.failed, len(todo.changed)) == (3, 0)
+
+
+def test_what_the_list_no_longer_has_is_withdrawn_from_its_own_survey() -> None:
+    table = source_table(6)
+    other = table.slice(0, 2).set_column(0, SOURCES.field("survey"), pa.array(["other", "other"]))
+    done = stored(pa.concat_tables([table.slice(0, 4), other]), table.slice(4, 2))
+    todo = outstanding(listed(table.take([0, 1, 4])), done)
+    assert sorted(todo.withdrawn["source_id"].to_pylist()) == ["g2", "g3", "g5"]
+    assert set(todo.withdrawn["survey"].to_pylist()) == {"fake"}
 
 
 def test_what_the_list_rejected_once_and_accepts_now_is_planned() -> None:

@@ -21,9 +21,10 @@ import pytest
 from distributed import Client, LocalCluster
 
 import galembed
-from catalogue_jobs import run
+from catalogue_jobs import account, run, worker
 from catalogue_jobs.partition import embed_partition
 from catalogue_jobs.report import JobReport
+from catalogue_jobs.signals import uninterrupted
 from export.engines import export_engines
 from export.trials import gather
 from galembed.backbones import Backbone, load_backbone
@@ -99,7 +100,7 @@ def test_the_second_run_does_nothing_and_says_so(job: Any, store: Path, monkeypa
         raise AssertionError
 
     monkeypatch.setattr(run, "Client", never)
-    monkeypatch.setattr(run, "choose_runtime", never)
+    monkeypatch.setattr(run, "choice_task", never)
     report = job(reader)
     assert versions == [lance.dataset(str(store / f"{name}.lance")).version for name in ("embeddings", "failures")]
     assert report.planned == 0
@@ -130,6 +131,129 @@ def test_a_longer_list_adds_only_what_is_new(job: Any, store: Path) -> None:
     report = job(FakeReader(35))
     assert (report.planned, report.embedded, report.already_embedded) == (5, 5, 30)
     assert ids(store, "embeddings") == names(range(35))
+
+
+def vectors(store: Path) -> dict[str, Any]:
+    table = lance.dataset(str(store / "embeddings.lance")).to_table(columns=["source_id", "vector", "source_version"])
+    return {row["source_id"]: (row["vector"], row["source_version"]) for row in table.to_pylist()}
+
+
+def test_sources_whose_files_changed_are_embedded_again_in_their_rows_place(job: Any, store: Path) -> None:
+    job(FakeReader(100, empty=("g7",)))
+    before = vectors(store)
+    report = job(FakeReader(100, changed=("g3", "g5", "g7"), empty=("g5",)))
+    assert (report.planned, report.embedded, report.changed) == (3, 2, 2)
+    assert report.failed == {"no_data": 1}
+    assert "the files of 2 had changed" in str(report)
+    after = vectors(store)
+    assert ids(store, "embeddings") == names(set(range(100)) - {5})
+    assert ids(store, "failures") == ["g5"]
+    assert (after["g3"][1], after["g4"][1]) == ("v2", "v1")
+    assert after["g3"][0] != before["g3"][0]
+    assert after["g4"] == before["g4"]
+    assert job(FakeReader(100, changed=("g3", "g5", "g7"), empty=("g5",))).planned == 0
+
+
+def test_killed_while_changed_sources_are_replaced(job: Any, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    job(FakeReader(20))
+    newer = FakeReader(20, changed=("g3", "g5"), empty=("g5",))
+    with monkeypatch.context() as patch:
+        patch.setattr(committing, "_append", killed)
+        with pytest.raises(Killed):
+            job(newer)
+    assert vectors(store)["g3"][1] == "v1"
+    assert ids(store, "embeddings") == names(range(20))
+    report = job(newer)
+    assert report.planned == 2
+    assert ids(store, "embeddings") == names(set(range(20)) - {5})
+    assert ids(store, "failures") == ["g5"]
+    assert vectors(store)["g3"][1] == "v2"
+
+
+def test_changed_files_can_be_left_as_they_are(job: Any, store: Path) -> None:
+    job(FakeReader(20))
+    report = job(FakeReader(20, changed=("g3",)), keep_changed=True)
+    assert (report.planned, report.outdated) == (0, 1)
+    assert "1 embedded source(s) have other files now; their vectors are left alone" in str(report)
+    assert vectors(store)["g3"][1] == "v1"
+
+
+def test_withdrawn_sources_are_reported_and_removed_on_request(job: Any, store: Path) -> None:
+    job(FakeReader(20, empty=("g18",)))
+    report = job(FakeReader(17))
+    assert report.withdrawn == 3
+    assert "3 source(s) of the store are of this survey, yet not in this list; --prune removes them" in str(report)
+    assert ids(store, "embeddings") == names(set(range(20)) - {18})
+    assert "removed 3 source(s)" in str(job(FakeReader(17), prune_withdrawn=True))
+    assert ids(store, "embeddings") == names(range(17))
+    assert ids(store, "failures") == []
+
+
+def test_a_list_that_would_empty_the_store_prunes_nothing(job: Any, store: Path) -> None:
+    job(FakeReader(20))
+    with pytest.raises(BadRequest, match=r"--prune would remove 15 sources .* is this the right list"):
+        job(FakeReader(5), prune_withdrawn=True)
+    assert ids(store, "embeddings") == names(range(20))
+
+
+def test_a_failure_share_is_judged_before_all_are_tried(job: Any, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(account, "_TELLING", 100)
+    with pytest.raises(BadRequest, match=r"of the \d+ sources tried so far failed"):
+        job(FakeReader(2000, empty=tuple(f"g{number}" for number in range(2000))), max_failures=0.5)
+    assert len(ids(store, "failures")) < 2000
+
+
+def test_a_disk_that_is_too_small_is_seen_before_anything_is_done(
+    job: Any, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_disk_free", lambda store: 1000)
+    with pytest.raises(BadRequest, match=r"20 sources need about [\d.]+ kB in .*, and 1.0 kB are free there"):
+        job(FakeReader(20))
+    assert not (store / "embeddings.lance").exists()
+
+
+def test_a_job_in_flight_says_how_far_it_is_and_what_bounds_it(
+    job: Any, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(account, "COMMIT_SECONDS", 0.0)
+    original = account.write_json
+
+    def keep(place: Any, facts: dict[str, Any]) -> None:
+        seen.append(facts)
+        original(place, facts)
+
+    monkeypatch.setattr(account, "write_json", keep)
+    job(FakeReader(300, delay=0.01))
+    running = [facts for facts in seen if facts["state"] == "running" and 0 < facts["embedded"] < 300]
+    assert running
+    assert all(facts["seconds_left"] > 0 < facts["images_per_second"] for facts in running)
+    assert all(facts["bound_by"].startswith("bound by ") for facts in running)
+    assert list(seen[-1]["seconds_of_workers"]) == [worker.worker_name()]
+    assert seen[-1]["dashboard"].startswith("http://")
+
+
+def test_a_plan_says_what_a_run_would_do_and_writes_nothing(job: Any, store: Path, tiny_backbone: Backbone) -> None:
+    job(FakeReader(150, tiles=3, empty=("g7",)))
+    reader = FakeReader(300, tiles=3, changed=("g3",), rejected=("x",))
+    plan = run.forecast(reader, store, backbone=tiny_backbone, workers=1, threads=1)
+    assert not (store / "lease.json").exists()
+    assert (len(plan.todo.table), plan.todo.embedded, plan.todo.failed, len(plan.todo.changed)) == (151, 148, 1, 1)
+    assert (plan.tiles, plan.bytes_to_read) == (3, None)
+    assert plan.reads_per_tile * plan.tiles == plan.partitions
+    assert plan.hours is not None
+    assert plan.calibrated_on > 0
+    assert plan.disk_needed > 151 * plan.todo.table["source_id"].nbytes / 150
+    text = str(plan)
+    assert "151 of 300 to embed; 148 embedded and 1 failed before" in text
+    assert "of unknown size" in text
+    assert job(reader).planned == 151
 
 
 def test_failures_tried_again_leave_the_failures(job: Any, store: Path) -> None:
@@ -172,12 +296,12 @@ def test_a_store_that_another_job_writes_is_left_alone(job: Any, store: Path) ->
 
 
 def test_a_job_that_loses_its_lease_stops(job: Any, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stolen(store: Path, *_: object) -> Any:
+    def stolen(place: str, *arguments: Any, **options: Any) -> Any:
         (store / "lease.json").write_text(json.dumps({"token": "other", "pid": 1, "host": "h", "since": "s"}))
-        return original(store, *_)
+        return original(place, *arguments, **options)
 
-    original = run.commit
-    monkeypatch.setattr(run, "commit", stolen)
+    original = account.commit
+    monkeypatch.setattr(account, "commit", stolen)
     with pytest.raises(StoreBusy, match=r"lost its lease \(now held by process 1 on h"):
         job(FakeReader(3))
     assert ids(store, "embeddings") == []
@@ -229,7 +353,7 @@ def test_an_error_that_is_no_sources_fault_stops_the_job(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "write_fragments", full)
+        patch.setattr(worker, "write_fragments", full)
         with pytest.raises(OSError, match="No space left"):
             job(FakeReader(5))
     assert job(FakeReader(5)).embedded == 5
@@ -263,15 +387,15 @@ def test_a_batch_of_auto_is_measured_once_where_the_work_is_done(
         return embed_partition(*arguments, batch=batch, **options)
 
     @contextlib.contextmanager
-    def client(*_: object) -> Iterator[tuple[Client, int]]:
+    def client(*_: object) -> Iterator[Client]:
         with Client(scheduler, set_as_default=False) as found:
-            yield found, 1
+            yield found
 
-    monkeypatch.setattr(run, "best_batch", best)
-    monkeypatch.setattr(run, "embed_partition", embed_seen)
-    monkeypatch.setattr(run, "_batches", {})
+    monkeypatch.setattr(worker, "best_batch", best)
+    monkeypatch.setattr(worker, "embed_partition", embed_seen)
+    monkeypatch.setattr(worker, "_batches", {})
     monkeypatch.setattr(run, "_client", client)
-    report = job(FakeReader(150), batch="auto", scheduler=None if local else scheduler)
+    report = job(FakeReader(150), batch="auto", threads=1, scheduler=None if local else scheduler)
     assert report.embedded == 150
     assert measured == [1]
     assert set(used) == {7}
@@ -290,7 +414,7 @@ def test_a_partition_that_kills_workers_is_halved_down_to_its_culprit() -> None:
         else:
             results.append(part)
     alive = sorted(row for item in results if isinstance(item, run.Partition) for row in item.rows)
-    failed = [item.finished.failures.to_pylist()[0] for item in results if isinstance(item, run.Result)]
+    failed = [item.finished.failures.to_pylist()[0] for item in results if isinstance(item, worker.Result)]
     assert alive == [0, 1, 2, 3, 4, 6, 7]
     assert [(row["source_id"], row["reason"]) for row in failed] == [("g5", "worker_died")]
 
@@ -306,7 +430,7 @@ def interruptible() -> Iterator[None]:
 @pytest.mark.usefixtures("interruptible")
 def test_a_signal_waits_for_the_end_of_a_commit() -> None:
     reached = False
-    with pytest.raises(KeyboardInterrupt), run._uninterrupted():  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), uninterrupted():  # noqa: PT012
         signal.raise_signal(signal.SIGINT)
         reached = True
     assert reached

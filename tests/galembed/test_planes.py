@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -327,3 +328,20 @@ def test_any_damage_is_a_cutout_or_a_named_error_and_data_under_datasum_never_ch
     assert isinstance(bad, Cutout | GalembedError)
     if isinstance(bad, Cutout) and value is None:
         np.testing.assert_array_equal(bad.pixels, good.pixels)
+
+
+@pytest.mark.parametrize("compression", ["HCOMPRESS_1", "RICE_1"])
+def test_threads_that_decompress_at_once_all_get_the_right_pixels(tmp_path: Path, compression: str) -> None:
+    """cfitsio's HCOMPRESS keeps its state in globals, and astropy lets go of the interpreter around it."""
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 2**12, (400, 400)).astype(np.int32)
+    path = tmp_path / "plane.fits"
+    fits.CompImageHDU(truth, compression_type=compression, tile_shape=(100, 100)).writeto(path)
+
+    def read(_: int) -> bool:
+        with fits.open(path) as file:
+            pixels = Pixels(file[1], "plane")
+            return all(np.array_equal(pixels.read(), truth) for _ in range(5))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read, range(24)))

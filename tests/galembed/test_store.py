@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -16,6 +17,8 @@ from galembed.errors import ArtifactMismatch, ArtifactNotFound, BadRequest
 from galembed.search import Hits
 from galembed.sky import separation_arcsec
 from galembed.store import open_store
+from galembed.store.index import build_index
+from galembed.store.lease import Lease
 from tests.galembed.stores import CONTRACT, DIM, failed, make_store, rows
 
 
@@ -100,8 +103,14 @@ def test_status_counts_each_warning(tmp_path):
 def test_status_tells_the_last_job(tmp_path):
     store = make_store(tmp_path / "s", rows(3))
     assert "last job  unknown" in str(store.status())
-    (tmp_path / "s" / "job.json").write_text(json.dumps({"state": "done", "embedded": 3, "log": [1]}))
-    assert "last job  state done, embedded 3" in str(store.status())
+    facts = {"state": "running", "planned": 5, "embedded": 3, "failed": 1, "seconds": 300.0, "bound_by": "bound by x"}
+    (tmp_path / "s" / "job.json").write_text(json.dumps(facts))
+    account = "3 of 5 sources embedded, 1 failed, in 5 minutes, bound by x"
+    assert f"last job  killed; the same command goes on, {account}" in str(store.status())
+    with Lease(tmp_path / "s"):
+        live = str(store.status())
+    assert "last job  running, 3 of 5 sources embedded, 1 failed, " in live
+    assert f"by process {os.getpid()} on " in live
 
 
 def test_vectors_come_with_their_keys(store, data):
@@ -309,3 +318,9 @@ def test_whole_sky_cone_leaves_out_sources_without_position(sky):
 def test_impossible_cone_is_refused(store, cone):
     with pytest.raises(BadRequest, match="a cone"):
         store.similar("legacy-7", cone=cone)
+
+
+def test_an_index_gives_as_many_hits_as_are_asked_for(tmp_path):
+    store = make_store(tmp_path / "s", rows(600))
+    build_index(store, "hnsw")
+    assert len(open_store(tmp_path / "s").similar("legacy-0", k=500)) == 500

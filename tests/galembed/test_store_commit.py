@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import lance
 import numpy as np
@@ -16,69 +14,58 @@ import pyarrow as pa
 import pytest
 
 from galembed.errors import ArtifactMismatch, ArtifactNotFound, SchemaMismatch, StoreBusy
-from galembed.schemas import FAILURES, StoreContract, conform, embeddings_schema
+from galembed.schemas import StoreContract, embeddings_schema
 from galembed.store import commit as committing
-from galembed.store.commit import (
-    Finished,
-    Lease,
-    append_fragments,
-    commit,
-    keys,
-    prepare,
-    tidy,
-    write_fragments,
+from galembed.store import open_store
+from galembed.store.checks import verify
+from galembed.store.commit import Finished, commit, keys, prepare, prune, store_schema, tidy, write_fragments
+from galembed.store.keys import joined_key, open_table, rows_with
+from galembed.store.lease import Lease
+from tests.galembed import stores
+from tests.galembed.commits import (
+    CONTRACT,
+    SCHEMA,
+    Place,
+    failures,
+    finished,
+    ids,
+    sources,
+    versions,
 )
 
-DIM = 4
-CONTRACT = StoreContract("id1", "/backbone", "flux", "fp32", bands={"blue": "g"})
-SCHEMA = embeddings_schema(DIM, carried=[pa.field("mag_r", pa.float32())], contract=CONTRACT)
 
-
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
+@pytest.fixture(params=["directory", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    """Place of a store, none there yet."""
+    if request.param == "s3":
+        return f"{request.getfixturevalue('bucket')}/galaxies.lance"
     return tmp_path / "galaxies.lance"
 
 
 @pytest.fixture
-def lease(store: Path) -> Iterator[Lease]:
+def lease(store: Place) -> Iterator[Lease]:
     with Lease(store) as lease:
         prepare(store, SCHEMA, lease)
         yield lease
 
 
-def embeddings(names: list[str], partition: str) -> pa.Table:
-    columns = {item.name: pa.nulls(len(names), item.type) for item in SCHEMA}
-    columns |= {name: ["x"] * len(names) for name in ("survey", "flags", "input_kind", "engine")}
-    columns |= {"source_id": names, "partition": [partition] * len(names)}
-    columns |= {name: np.ones(len(names), np.float32) for name in ("norm", "coverage")}
-    flat = pa.array(np.ones(DIM * len(names), np.float32))
-    columns["vector"] = pa.FixedSizeListArray.from_arrays(flat, DIM)
-    return conform(pa.table(columns), SCHEMA)
-
-
-def failures(names: list[str], partition: str) -> pa.Table:
-    columns = {item.name: pa.nulls(len(names), item.type) for item in FAILURES}
-    columns |= {name: ["x"] * len(names) for name in ("survey", "stage", "reason", "message")}
-    columns |= {"source_id": names, "partition": [partition] * len(names)}
-    columns |= {"attempts": [1] * len(names), "time": [0] * len(names)}
-    return conform(pa.table(columns), FAILURES)
-
-
-def finished(store: Path, partition: str, good: list[str], bad: list[str] = []) -> Finished:  # noqa: B006
-    fragments = write_fragments(store, embeddings(good, partition))
-    return Finished(partition, tuple(fragments), failures(bad, partition))
-
-
-def ids(table: pa.Table) -> list[str]:
-    return sorted(table["source_id"].to_pylist())
-
-
-def attempts(store: Path) -> dict[str, int]:
-    rows = lance.dataset(str(store / "failures.lance")).to_table().to_pylist()
+def attempts(store: Place) -> dict[str, int]:
+    rows = open_table(store, "failures").to_table().to_pylist()
     return {row["source_id"]: row["attempts"] for row in rows}
 
 
-def test_fragments_are_seen_only_once_committed(store: Path, lease: Lease) -> None:
+def killed(*_: object, **options: object) -> None:
+    raise KeyboardInterrupt
+
+
+def commit_twice_over(store: Place, result: Finished) -> None:
+    """Append a result as a holder does that slept past its lease: without a look at what is there."""
+    metadata = [lance.fragment.FragmentMetadata.from_json(text) for text in result.fragments]
+    dataset = open_table(store, "embeddings")
+    lance.LanceDataset.commit(dataset, lance.LanceOperation.Append(metadata), read_version=dataset.version)
+
+
+def test_fragments_are_seen_only_once_committed(store: Place, lease: Lease) -> None:
     result = finished(store, "p", ["a", "b"], ["c"])
     assert not len(keys(store).embedded)
     assert commit(store, [result], lease) == ["p"]
@@ -86,26 +73,22 @@ def test_fragments_are_seen_only_once_committed(store: Path, lease: Lease) -> No
     assert ids(keys(store).failed) == ["c"]
 
 
-def test_one_result_committed_twice_is_there_once(store: Path, lease: Lease) -> None:
+def test_one_result_committed_twice_is_there_once(store: Place, lease: Lease) -> None:
     result = finished(store, "p", ["a", "b"], ["c"])
     commit(store, [result, result], lease)
     assert commit(store, [result], lease) == []
-    assert append_fragments(store, {"p": result.fragments}, lease) == []
     assert ids(keys(store).embedded) == ["a", "b"]
     assert attempts(store) == {"c": 1}
 
 
-def test_of_two_results_of_one_partition_the_first_wins(store: Path, lease: Lease) -> None:
+def test_of_two_results_of_one_partition_the_first_wins(store: Place, lease: Lease) -> None:
     commit(store, [finished(store, "p", ["a"]), finished(store, "p", ["a"])], lease)
     assert ids(keys(store).embedded) == ["a"]
 
 
 def test_killed_between_the_two_tables_and_run_again(
-    store: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch
+    store: Place, lease: Lease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr(committing, "_append", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -115,87 +98,166 @@ def test_killed_between_the_two_tables_and_run_again(
     assert (ids(keys(store).embedded), ids(keys(store).failed)) == (["a"], ["b"])
 
 
-def test_the_second_committer_is_told_who_holds_the_store(store: Path, lease: Lease) -> None:
-    with pytest.raises(StoreBusy, match=rf"process {os.getpid()} on .* wait for it"), Lease(store):
-        pass
+@pytest.mark.parametrize("landed", [True, False])
+def test_a_commit_whose_answer_was_lost_is_there_once(
+    store: Place, lease: Lease, monkeypatch: pytest.MonkeyPatch, landed: bool
+) -> None:
+    commit(store, [finished(store, "p", ["a", "b"])], lease)
+    real = lance.LanceDataset.commit
+    calls: list[Any] = []
+
+    def unanswered(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        if landed or len(calls) > 1:
+            real(*args, **options)
+        if len(calls) == 1:
+            raise OSError("connection reset")
+
+    monkeypatch.setattr(lance.LanceDataset, "commit", staticmethod(unanswered))
+    commit(store, [finished(store, "q", ["a", "c"], version="2", replaced=["a"])], lease)
+    assert versions(store) == [("a", "2"), ("b", "1"), ("c", "2")]
+    assert len(calls) == (1 if landed else 2)
 
 
-def test_a_holder_that_wakes_late_cannot_commit(store: Path) -> None:
-    with Lease(store, seconds=0.3) as late:
-        prepare(store, SCHEMA, late)
-        result = finished(store, "p", ["a"], ["b"])
-        late._stop.set()  # its thread sleeps with it
-        time.sleep(0.4)
-        with Lease(store) as other:
-            with pytest.raises(StoreBusy, match="lost its lease"):
-                commit(store, [result], late)
-            assert (len(keys(store).embedded), len(keys(store).failed)) == (0, 0)
-            commit(store, [finished(store, "q", ["a"])], other)
-        with pytest.raises(StoreBusy, match="lease file was removed"):
-            commit(store, [result], late)
-    assert ids(keys(store).embedded) == ["a"]
+def test_two_commits_that_replace_the_same_row_exclude_each_other(
+    store: Place, lease: Lease, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit(store, [finished(store, "p", ["a", "b"])], lease)
+    other = finished(store, "other", ["a"], version="2", replaced=["a"])
+    real = lance.LanceDataset.commit
+    outcomes: list[str] = []
+
+    def overtaken(dataset: Any, operation: Any, **options: Any) -> None:
+        if not outcomes:
+            stale = rows_with(dataset, joined_key(other.replaced))[0]
+            first = committing._operation(store, dataset, other.fragments, stale)
+            real(open_table(store, "embeddings"), first, read_version=dataset.version)
+        try:
+            real(dataset, operation, **options)
+            outcomes.append("landed")
+        except OSError as error:
+            outcomes.append(type(error).__name__)
+            raise
+
+    monkeypatch.setattr(lance.LanceDataset, "commit", staticmethod(overtaken))
+    commit(store, [finished(store, "q", ["a"], version="3", replaced=["a"])], lease)
+    assert outcomes == ["CommitConflictError", "landed"]
+    assert versions(store) == [("a", "3"), ("b", "1")]
 
 
-def test_leaving_late_leaves_the_new_holder_its_lease(store: Path) -> None:
-    late = Lease(store, seconds=0.2)
-    with late:
-        late._stop.set()
-        time.sleep(0.3)
-        other = Lease(store).__enter__()
-    with other.fence():
-        pass
-    other.__exit__(None, None, None)
-    assert not other.path.exists()
+def test_a_replaced_source_has_its_new_row_alone(store: Place, lease: Lease) -> None:
+    commit(store, [finished(store, "p", ["a", "b"]), finished(store, "q", ["c"])], lease)
+    before = open_table(store, "embeddings").version
+    result = finished(store, "r", ["a", "c", "d"], version="2", replaced=["a", "c"])
+    assert commit(store, [result], lease) == ["r"]
+    assert open_table(store, "embeddings").version == before + 1
+    assert versions(store) == [("a", "2"), ("b", "1"), ("c", "2"), ("d", "2")]
+    assert commit(store, [result], lease) == []
+    assert versions(store) == [("a", "2"), ("b", "1"), ("c", "2"), ("d", "2")]
+    tidy(store, lease)
+    assert verify(store).ok
 
 
-def test_a_lease_is_renewed_while_it_is_held(store: Path) -> None:
-    with Lease(store, seconds=0.6) as lease:
-        time.sleep(1.0)
-        with pytest.raises(StoreBusy, match="is being written"), Lease(store, seconds=0.6):
-            pass
-        with lease.fence():
-            pass
+def test_a_replaced_source_that_fails_is_a_failure_alone(store: Place, lease: Lease) -> None:
+    commit(store, [finished(store, "p", ["a", "b"])], lease)
+    result = finished(store, "q", [], ["a"], version="2", replaced=["a"])
+    commit(store, [result], lease)
+    commit(store, [result], lease)
+    assert versions(store) == [("b", "1")]
+    assert ids(keys(store).failed) == ["a"]
 
 
-def test_a_lease_of_a_dead_process_of_this_host_is_taken_over_at_once(store: Path) -> None:
-    code = (
-        "import os, sys, pathlib; from galembed.store.commit import Lease; "
-        "Lease(pathlib.Path(sys.argv[1])).__enter__(); os._exit(9)"
-    )
-    subprocess.run([sys.executable, "-c", code, str(store)], check=False)
-    assert (store / "lease.json").exists()
-    with Lease(store) as lease, lease.fence():
-        pass
+def test_killed_between_the_tables_a_replaced_source_keeps_its_old_row(
+    store: Place, lease: Lease, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit(store, [finished(store, "p", ["a", "b"])], lease)
+    with monkeypatch.context() as patch:
+        patch.setattr(committing, "_append", killed)
+        with pytest.raises(KeyboardInterrupt):
+            commit(store, [finished(store, "q", ["b"], ["a"], version="2", replaced=["a", "b"])], lease)
+    assert versions(store) == [("a", "1"), ("b", "1")]
+    assert len(keys(store).failed) == 0
+    assert verify(store).hidden == 1
+    assert verify(store).ok
+    commit(store, [finished(store, "q2", ["b"], ["a"], version="2", replaced=["a", "b"])], lease)
+    assert versions(store) == [("b", "2")]
+    assert ids(keys(store).failed) == ["a"]
 
 
-@pytest.mark.parametrize(("age", "free"), [(10, False), (100, True)])
-def test_a_lease_of_another_host_is_free_once_its_heart_stopped(store: Path, age: float, free: bool) -> None:
-    store.mkdir()
-    file = store / "lease.json"
-    file.write_text(json.dumps({"token": "t", "host": "elsewhere", "pid": 1, "since": "noon"}))
-    os.utime(file, (time.time() - age, time.time() - age))
-    if free:
-        with Lease(store) as lease, lease.fence():
-            pass
-    else:
-        with pytest.raises(StoreBusy, match="process 1 on elsewhere since noon"), Lease(store):
-            pass
+def test_killed_in_the_commit_itself_leaves_the_version_before(
+    store: Place, lease: Lease, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit(store, [finished(store, "p", ["a", "b"])], lease)
+    result = finished(store, "q", ["a"], version="2", replaced=["a"])
+    with monkeypatch.context() as patch:
+        patch.setattr(lance.LanceDataset, "commit", staticmethod(killed))
+        with pytest.raises(KeyboardInterrupt):
+            commit(store, [result], lease)
+    assert versions(store) == [("a", "1"), ("b", "1")]
+    commit(store, [result], lease)
+    assert versions(store) == [("a", "2"), ("b", "1")]
 
 
-def test_a_lease_that_is_still_empty_belongs_to_somebody(store: Path) -> None:
-    store.mkdir()
-    (store / "lease.json").touch()
-    with pytest.raises(StoreBusy, match="a job that is starting"), Lease(store):
-        pass
+def test_thousands_of_sources_are_replaced_at_once(store: Place, lease: Lease) -> None:
+    names = [f"galaxy-{number:05d}" for number in range(12_000)]
+    commit(store, [finished(store, f"p{part}", names[part::4]) for part in range(4)], lease)
+    changed = names[::2]
+    commit(store, [finished(store, "q", changed, version="2", replaced=changed)], lease)
+    assert versions(store) == [(name, "12"[1 - number % 2]) for number, name in enumerate(names)]
 
 
-def test_attempts_count_up_and_the_last_of_a_key_counts(store: Path, lease: Lease) -> None:
+@pytest.mark.parametrize("index_later", [True, False], ids=["index after", "index before"])
+def test_indexes_survive_a_replacement_and_return_no_row_that_is_gone(tmp_path: Path, index_later: bool) -> None:
+    place = tmp_path / "indexed.lance"
+    data = stores.rows(2_000)
+    opened = stores.make_store(place, data, failures=stores.failed([]))
+    create = [lambda: opened.table.create_index("source_id", config=btree()), lambda: hnsw(opened.table)]
+    before = open_table(place, "embeddings")
+    if not index_later:
+        for each in create:
+            each()
+    gone = {f"legacy-{number}" for number in range(0, 2_000, 2)}
+    flipped = data | {"vector": -np.asarray(data["vector"]), "partition": ["new"] * 2_000}
+    table = stores.arrow(flipped).filter(pa.array([name in gone for name in data["source_id"]]))
+    old = stores.arrow(data).filter(pa.array([name in gone for name in data["source_id"]]))
+    replaced = table.select(["survey", "source_id"])
+    with Lease(place) as lease:
+        fragments = tuple(write_fragments(place, table))
+        commit(place, [Finished("new", fragments, failures([], "new"), replaced)], lease)
+    if index_later:
+        for each in create:  # from a table opened before
+            each()
+    store = open_store(place)
+    assert sorted(index.name for index in store.table.list_indices()) == ["source_id_idx", "vector_idx"]
+    assert open_table(place, "embeddings").version > before.version
+    assert len(store) == 2_000
+    for row in range(5):
+        hits = store.similar(np.asarray(old["vector"][row].as_py(), np.float32), k=50)
+        assert not {str(name) for name in hits["source_id"]} & gone
+        (mirrored,) = store.similar(np.asarray(table["vector"][row].as_py(), np.float32), k=1)["source_id"]
+        assert mirrored == table["source_id"][row].as_py()
+    assert store.rows([("legacy", "legacy-0")], ["partition"])["partition"].to_pylist() == ["new"]
+
+
+def btree() -> Any:
+    from lancedb.index import BTree
+
+    return BTree()
+
+
+def hnsw(table: Any) -> None:
+    from lancedb.index import HnswSq
+
+    table.create_index("vector", config=HnswSq(distance_type="cosine", num_partitions=1))
+
+
+def test_attempts_count_up_and_the_last_of_a_key_counts(store: Place, lease: Lease) -> None:
     committing.upsert_failures(store, failures(["a", "b", "a"], "p"), lease)
     committing.upsert_failures(store, failures(["b", "c"], "q"), lease)
     assert attempts(store) == {"a": 1, "b": 2, "c": 1}
 
 
-def test_a_failure_is_hidden_once_embedded_and_dropped_by_tidy(store: Path, lease: Lease) -> None:
+def test_a_failure_is_hidden_once_embedded_and_dropped_by_tidy(store: Place, lease: Lease) -> None:
     commit(store, [finished(store, "p", ["a"], ["b", "c"])], lease)
     commit(store, [finished(store, "q", ["b"])], lease)
     assert ids(keys(store).failed) == ["c"]
@@ -204,7 +266,7 @@ def test_a_failure_is_hidden_once_embedded_and_dropped_by_tidy(store: Path, leas
     assert set(attempts(store)) == {"c"}
 
 
-def test_tidy_removes_orphans_and_nothing_else(store: Path, lease: Lease) -> None:
+def test_tidy_removes_orphans_and_nothing_else(store: Place, lease: Lease) -> None:
     commit(store, [finished(store, "p", ["a"])], lease)
     finished(store, "never", ["z"])
     assert tidy(store, lease) == 1
@@ -212,17 +274,68 @@ def test_tidy_removes_orphans_and_nothing_else(store: Path, lease: Lease) -> Non
     assert ids(keys(store).embedded) == ["a"]
 
 
-def test_many_small_fragments_become_one(store: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tidy_keeps_the_first_row_of_each_source(store: Place, lease: Lease) -> None:
+    commit(store, [finished(store, "p", ["a", "b"])], lease)
+    commit_twice_over(store, finished(store, "p", ["a", "b"], version="late"))
+    commit_twice_over(store, finished(store, "q", ["b", "c"], version="later"))
+    assert verify(store).repeated == 2
+    tidy(store, lease)
+    assert versions(store) == [("a", "1"), ("b", "1"), ("c", "later")]
+    version = open_table(store, "embeddings").version
+    tidy(store, lease)
+    assert open_table(store, "embeddings").version == version
+
+
+def test_pruned_sources_are_in_neither_table(store: Place, lease: Lease) -> None:
+    commit(store, [finished(store, "p", ["a", "b"], ["c", "d"]), finished(store, "q", ["c", "e"])], lease)
+    assert prune(store, sources(["a", "c", "d", "nowhere"]), lease) == 3
+    assert (ids(keys(store).embedded), attempts(store)) == (["b", "e"], {})
+    assert prune(store, sources(["a", "c", "d"]), lease) == 0
+    assert prune(store, sources([]), lease) == 0
+    assert prune(store, sources(["b", "e"]), lease) == 2
+    assert open_table(store, "embeddings").count_rows() == 0
+
+
+def test_a_prune_that_was_killed_is_made_again(store: Place, lease: Lease, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit(store, [finished(store, "p", ["a", "b"], ["c"])], lease)
+    with monkeypatch.context() as patch:
+        patch.setattr(committing, "_commit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prune(store, sources(["a", "c"]), lease)
+    assert prune(store, sources(["a", "c"]), lease) == 1
+    assert (ids(keys(store).embedded), attempts(store)) == (["b"], {})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda store, lease: commit(store, [Finished("q", (), failures(["b"], "q"), sources(["a"]))], lease),
+        lambda store, lease: prune(store, sources(["a"]), lease),
+        lambda store, lease: tidy(store, lease),
+    ],
+    ids=["commit", "prune", "tidy"],
+)
+def test_without_the_lease_nothing_changes(
+    store: Place, lease: Lease, change: Callable[[Place, Lease], object]
+) -> None:
+    commit(store, [finished(store, "p", ["a"])], lease)
+    late = Lease(store)
+    with pytest.raises(StoreBusy, match="lost its lease"):
+        change(store, late)
+    assert (versions(store), attempts(store)) == ([("a", "1")], {})
+
+
+def test_many_small_fragments_become_one(store: Place, lease: Lease, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(committing, "SMALL_FRAGMENTS", 5)
     commit(store, [finished(store, f"p{number}", [f"a{number}"]) for number in range(6)], lease)
     tidy(store, lease)
-    dataset = lance.dataset(str(store / "embeddings.lance"))
+    dataset = open_table(store, "embeddings")
     assert len(dataset.get_fragments()) == 1
     assert dataset.count_rows() == 6
     assert StoreContract.from_schema(dataset.schema) == CONTRACT
 
 
-def test_a_fragment_without_its_file_is_not_committed(store: Path, lease: Lease) -> None:
+def test_a_fragment_without_its_file_is_not_committed(store: Place, lease: Lease) -> None:
     result = finished(store, "p", ["a"])
     tidy(store, lease)
     with pytest.raises(ArtifactNotFound, match="are gone"):
@@ -230,14 +343,14 @@ def test_a_fragment_without_its_file_is_not_committed(store: Path, lease: Lease)
     assert len(keys(store).embedded) == 0
 
 
-def test_a_store_of_another_backbone_is_refused(store: Path, lease: Lease) -> None:
-    other = embeddings_schema(DIM, contract=StoreContract("id2", "/b", "flux", "fp32", bands={"blue": "g"}))
+def test_a_store_of_another_backbone_is_refused(store: Place, lease: Lease) -> None:
+    other = embeddings_schema(4, contract=StoreContract("id2", "/b", "flux", "fp32", bands={"blue": "g"}))
     with pytest.raises(ArtifactMismatch, match=r"embedding_id 'id1', this run has 'id2'.*another --store"):
         prepare(store, other, lease)
 
 
-def test_other_carried_columns_are_refused(store: Path, lease: Lease) -> None:
-    other = embeddings_schema(DIM, carried=[pa.field("redshift", pa.float32())], contract=CONTRACT)
+def test_other_carried_columns_are_refused(store: Place, lease: Lease) -> None:
+    other = embeddings_schema(4, carried=[pa.field("redshift", pa.float32())], contract=CONTRACT)
     with pytest.raises(SchemaMismatch, match=r"mag_r \(float\) is only in the store; redshift .*--carry"):
         prepare(store, other, lease)
 
@@ -245,15 +358,55 @@ def test_other_carried_columns_are_refused(store: Path, lease: Lease) -> None:
 def test_a_folder_of_other_things_is_no_store(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(ArtifactMismatch, match=r"thesis\.tex"):
-        committing.store_schema(tmp_path)
+        store_schema(tmp_path)
     with pytest.raises(ArtifactMismatch, match="is a file"):
-        committing.store_schema(tmp_path / "thesis.tex")
-    assert committing.store_schema(tmp_path / "new") is None
+        store_schema(tmp_path / "thesis.tex")
+    assert store_schema(tmp_path / "new") is None
 
 
-def test_tables_can_be_opened_by_lancedb(store: Path, lease: Lease) -> None:
-    import lancedb
-
+def test_tables_can_be_opened_for_reading(store: Place, lease: Lease) -> None:
     commit(store, [finished(store, "p", ["a"], ["b"])], lease)
-    connection = lancedb.connect(store)
-    assert [connection.open_table(name).count_rows() for name in ("embeddings", "failures")] == [1, 1]
+    opened = open_store(store)
+    assert len(opened) == 1
+    assert list(opened.failures()["source_id"]) == ["b"]
+
+
+def test_rows_are_found_by_their_whole_key(store: Place, lease: Lease) -> None:
+    commit(store, [finished(store, "p", ["a", "b"])], lease)
+    other = pa.table({"survey": ["y", "x"], "source_id": ["a", "b"]})
+    assert rows_with(open_table(store, "embeddings"), joined_key(other))[1].to_pylist() == ["x\x1fb"]
+
+
+FULL = """
+import resource, sys
+from galembed.store.commit import Lease, commit, prepare, write_fragments
+from tests.galembed.commits import SCHEMA, embeddings, finished
+store, what = sys.argv[1:]
+with Lease(store) as lease:
+    prepare(store, SCHEMA, lease)
+    commit(store, [finished(store, "p", ["a"])], lease)
+    result = finished(store, "q", ["b"], ["c"])
+    limit = 20_000 if what == "write" else 0
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        if what == "write":
+            write_fragments(store, embeddings([f"galaxy-{n}" for n in range(20_000)], "r"))
+        else:
+            commit(store, [result], lease)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+"""
+
+
+@pytest.mark.parametrize("what", ["write", "commit"])
+def test_a_full_disk_is_said_and_leaves_the_store_as_it_was(tmp_path: Path, what: str) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path / "s"), what], capture_output=True, text=True, check=False
+    )
+    assert "galembed.errors.StorageError" in ended.stderr, ended.stderr
+    assert "free some space, and the same command goes on" in ended.stderr
+    assert versions(tmp_path / "s") == [("a", "1")]
+    with Lease(tmp_path / "s") as lease:
+        commit(tmp_path / "s", [finished(tmp_path / "s", "q2", ["b"], ["c"])], lease)
+        tidy(tmp_path / "s", lease)
+    assert verify(tmp_path / "s").ok

@@ -20,7 +20,6 @@ import s3fs
 from astropy.io import fits
 from astropy.table import Table
 from astropy.wcs import WCS
-from moto.server import ThreadedMotoServer
 
 from galembed import files
 from galembed.backbones import FieldOfView, InputContract
@@ -148,42 +147,6 @@ def web(tmp_path: Path) -> Iterator[Web]:
     url, stop = serve(partial(Ranges, directory=str(tmp_path / "survey"), sent=sent))
     yield Web(url, stop, sent)
     stop()
-
-
-@pytest.fixture(scope="module")
-def moto() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture
-def amazon(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Say where S3 is, as users do: by the environment."""
-    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
-        monkeypatch.setenv(name, os.devnull)
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_MAX_ATTEMPTS": "1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()
-    yield partial(monkeypatch.setenv, "AWS_ENDPOINT_URL")
-    s3fs.S3FileSystem.clear_instance_cache()
-
-
-@pytest.fixture
-def bucket(amazon: Callable[[str], None], moto: str, request: pytest.FixtureRequest) -> str:
-    """URL of an empty bucket of the test's own."""
-    amazon(moto)
-    name = re.sub(r"[^a-z0-9]+", "-", request.node.name.lower())[:60].strip("-")
-    s3fs.S3FileSystem().mkdir(name)
-    return f"s3://{name}"
 
 
 @pytest.fixture(params=["s3", "http"])

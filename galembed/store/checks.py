@@ -1,0 +1,205 @@
+"""Proof that a store is what it promises to be: each source once, every file there, every vector of length one."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from galembed.errors import ArtifactNotFound
+from galembed.schemas import FAILURES
+from galembed.store import EMBEDDINGS_TABLE, FAILURES_TABLE, matrix
+from galembed.store.keys import KEY, UNIT_SEPARATOR, joined, joined_key, key_hashes, open_table, repeated_values
+from galembed.store.places import at_storage, file_system, first_line, is_folder
+
+UNIT_TOLERANCE: Final = 1e-3
+"""How far the length of a vector may be from one; rounded to float16, it is off by 5e-4 at most."""
+
+_BATCH_ROWS: Final = 8192
+_EXAMPLES: Final = 5
+
+
+@dataclass(frozen=True)
+class StoreCheck:
+    """What `verify` found; `str` gives it for reading.
+
+    Attributes
+    ----------
+    path : str
+    rows : int
+        Rows of `embeddings` that could be read.
+    failures : int
+        Rows of `failures` that are not hidden.
+    repeated : int
+        Sources with more than one row in `embeddings`; the next `galembed embed` keeps one of each.
+    hidden : int
+        Failures of sources that have a row: tried again with success, or failed in another version than the
+        row's by a job that was killed. Readers hide them, and the next `galembed embed` removes them.
+    contradictory : int
+        Sources that one and the same partition put into both tables, which no job does.
+    missing, damaged : tuple of str
+        Files that the tables name and that are not there, or cannot be read; their rows are not counted.
+    bad_vectors : int
+        Rows whose vector holds something that is not finite, or is not of length one within 0.001.
+    examples : tuple of str
+        Some of the sources meant, ``survey:id``.
+    """
+
+    path: str
+    rows: int = 0
+    failures: int = 0
+    repeated: int = 0
+    hidden: int = 0
+    contradictory: int = 0
+    missing: tuple[str, ...] = ()
+    damaged: tuple[str, ...] = ()
+    bad_vectors: int = 0
+    examples: tuple[str, ...] = field(default=(), repr=False)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found that must not be."""
+        return not any((self.repeated, self.contradictory, self.missing, self.damaged, self.bad_vectors))
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: {self.rows:,} rows and {self.failures:,} failures were read"]
+        lines += [f"{self.hidden:,} failure(s) of sources that have a row, hidden"] * bool(self.hidden)
+        lines += [
+            f"{count:,} {what}"
+            for count, what in (
+                (self.repeated, "source(s) with more than one row; `galembed embed` keeps one of each"),
+                (self.contradictory, "source(s) that one partition both embedded and failed"),
+                (len(self.missing), f"file(s) are gone: {', '.join(self.missing[:_EXAMPLES])}"),
+                (len(self.damaged), f"file(s) cannot be read: {'; '.join(self.damaged[:_EXAMPLES])}"),
+                (self.bad_vectors, "vector(s) are not finite, or not of length one"),
+            )
+            if count
+        ]
+        lines += [f"among them {', '.join(self.examples)}"] * bool(self.examples)
+        lines += ["each source is there once, every file is there, every vector has length one"] * self.ok
+        return "\n".join(lines)
+
+
+@at_storage
+def verify(store: str | Path) -> StoreCheck:
+    """Read a whole store and check what it promises; nothing is changed.
+
+    Vectors are read in batches; some twenty bytes a row are held, for the keys.
+
+    Raises
+    ------
+    ArtifactNotFound
+        If there is no store.
+    StorageError
+        If it cannot be read.
+    """
+    if not is_folder(store, f"{EMBEDDINGS_TABLE}.lance"):
+        raise ArtifactNotFound(f"no store at {store}; make one with `galembed embed SOURCES --store PATH`")
+    failed, lost, broken = _failures(store)
+    dataset = open_table(store, EMBEDDINGS_TABLE)
+    whole, missing = _whole_fragments(store, EMBEDDINGS_TABLE, dataset)
+    found, damaged = _Findings(failed), list(broken)
+    for fragment in whole:
+        try:
+            for batch in fragment.to_batches(columns=[*KEY, "partition", "vector"], batch_size=_BATCH_ROWS):
+                found.take(batch)
+        except (OSError, ValueError, RuntimeError) as error:
+            damaged.append(_damage(fragment, error))
+    repeated = found.repeated(whole)
+    hidden = int(found.hidden.sum())
+    examples = [*repeated, *found.contradictory, *found.bad][:_EXAMPLES]
+    return StoreCheck(
+        path=str(store),
+        rows=found.rows,
+        failures=len(failed) - hidden,
+        repeated=len(repeated),
+        hidden=hidden - len(found.contradictory),
+        contradictory=len(found.contradictory),
+        missing=(*missing, *lost),
+        damaged=tuple(damaged),
+        bad_vectors=found.bad_vectors,
+        examples=tuple(key.replace(UNIT_SEPARATOR, ":") for key in examples),
+    )
+
+
+class _Findings:
+    """What is known of the rows that were read so far."""
+
+    def __init__(self, failed: pa.Table) -> None:
+        self._failed = joined_key(failed)
+        self._failed_by = joined(self._failed, failed["partition"].combine_chunks())
+        self._hashes: list[NDArray[np.int64]] = []
+        self.hidden = np.zeros(len(failed), bool)
+        self.rows = self.bad_vectors = 0
+        self.contradictory: list[str] = []
+        self.bad: list[str] = []
+
+    def take(self, batch: pa.RecordBatch) -> None:
+        """Take note of rows."""
+        key = joined_key(batch)
+        self.rows += len(key)
+        self._hashes.append(key_hashes(key))
+        if len(self._failed):
+            self.hidden |= pc.is_in(self._failed, value_set=key).to_numpy(zero_copy_only=False)
+            both = pc.is_in(joined(key, batch.column("partition")), value_set=self._failed_by)
+            self.contradictory += key.filter(both).to_pylist()
+        vectors = matrix(batch.column("vector")).astype(np.float64)
+        with np.errstate(all="ignore"):
+            good = np.abs(np.linalg.norm(vectors, axis=1) - 1) <= UNIT_TOLERANCE
+        self.bad_vectors += int((~good).sum())
+        self.bad = [*self.bad, *key.filter(pa.array(~good)).to_pylist()][:_EXAMPLES]
+
+    def repeated(self, fragments: Sequence[Any]) -> list[str]:
+        """Return the keys of several rows, after a second look at those whose hashes are the same."""
+        suspects = repeated_values(np.concatenate([np.empty(0, np.int64), *self._hashes]))
+        if not len(suspects):
+            return []
+        counts: Counter[str] = Counter()
+        for fragment in fragments:
+            with contextlib.suppress(OSError, ValueError, RuntimeError):  # it is on the list of damage already
+                for batch in fragment.to_batches(columns=list(KEY)):
+                    key = joined_key(batch)
+                    counts.update(key.filter(pa.array(np.isin(key_hashes(key), suspects))).to_pylist())
+        return [key for key, count in counts.items() if count > 1]
+
+
+def _failures(store: str | Path) -> tuple[pa.Table, list[str], list[str]]:
+    """Return the rows of `failures` that can be read, the files that are gone, and those that cannot be read."""
+    columns = [*KEY, "partition"]
+    tables, damaged = [FAILURES.empty_table().select(columns)], []
+    if not is_folder(store, f"{FAILURES_TABLE}.lance"):
+        return tables[0], [], []
+    whole, missing = _whole_fragments(store, FAILURES_TABLE, open_table(store, FAILURES_TABLE))
+    for fragment in whole:
+        try:
+            tables.append(fragment.to_table(columns=columns))
+        except (OSError, ValueError, RuntimeError) as error:
+            damaged.append(_damage(fragment, error))
+    return pa.concat_tables(tables), missing, damaged
+
+
+def _whole_fragments(store: str | Path, table: str, dataset: Any) -> tuple[list[Any], list[str]]:
+    """Return the fragments of a table whose files are there, and the files that are not."""
+    system, root = file_system(store)
+    folder = f"{root}/{table}.lance"
+    there = {path.removeprefix(folder).lstrip("/") for path in system.find(folder)}
+    whole, missing = [], []
+    for fragment in dataset.get_fragments():
+        files = [f"data/{file.path}" for file in fragment.data_files()] + [fragment.deletion_file()]
+        gone = [file for file in files if file and file not in there]
+        missing += [f"{table}.lance/{file}" for file in gone]
+        if not gone:
+            whole.append(fragment)
+    return whole, missing
+
+
+def _damage(fragment: Any, error: Exception) -> str:
+    return f"{', '.join(file.path for file in fragment.data_files())} ({first_line(error)})"
