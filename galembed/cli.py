@@ -28,7 +28,12 @@ COMMANDS: Final = {
     "embed": ("catalogue_jobs.commands", "Embed every source of a survey into a store."),
     "index": ("galembed.commands", "Build a store's search indexes."),
     "search": ("galembed.commands", "Find the galaxies that look alike."),
-    "probe": ("galembed.commands", "Classify a whole store from a few labels."),
+    "novel": ("galembed.explore_commands", "List the sources that look like few others."),
+    "duplicates": ("galembed.explore_commands", "Find objects that are in a store more than once."),
+    "map": ("galembed.explore_commands", "Draw a store as a map: like beside like."),
+    "probe": ("galembed.probe_commands", "Learn classes, numbers or votes from a few labels, for a whole store."),
+    "migrate": ("galembed.migrate_command", "Move a store to another backbone, probes and all."),
+    "export-hats": ("galembed.hats.command", "Write a store as a HATS catalogue, for lsdb."),
     "status": ("galembed.commands", "Say what a store holds."),
 }
 """Name of each command, the module that has it, and its line in the help; kept here so that help loads nothing."""
@@ -45,7 +50,7 @@ class LazyGroup(click.Group):
         """Import and return a command, or None if there is none of that name."""
         if cmd_name not in COMMANDS:
             return None
-        command = getattr(importlib.import_module(COMMANDS[cmd_name][0]), cmd_name)
+        command = getattr(importlib.import_module(COMMANDS[cmd_name][0]), cmd_name.replace("-", "_"))
         assert isinstance(command, click.Command)
         return command
 

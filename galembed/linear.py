@@ -1,7 +1,9 @@
-"""Linear classifiers, and folds that neither neighbours on the sky nor copies of one image are divided by."""
+"""Linear models of classes, numbers and votes, and folds that divide neither neighbours on the sky nor copies."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -16,9 +18,14 @@ CHOICE_FOLDS: Final = 3
 _CELL_ORDERS: Final = range(3, 13)  # 7.3 deg to 52 arcsec
 _GROUPS_PER_FOLD: Final = 10
 _FEW_ROWS: Final = 20_000
+_BLOCK: Final = 16_384
+_ITERATIONS: Final = 1000
 
 Rows = NDArray[np.intp]
 Folds = list[tuple[Rows, Rows]]
+Floats = NDArray[np.float64]
+Layer = tuple[Floats, Floats]
+"""Weights (output, dim) and intercepts (output,) for features as they are."""
 
 
 def sky_cells(ra: ArrayLike, dec: ArrayLike) -> NDArray[np.int64]:
@@ -39,8 +46,8 @@ def sky_cells(ra: ArrayLike, dec: ArrayLike) -> NDArray[np.int64]:
 
 def equal_rows(features: NDArray[Any]) -> NDArray[np.int64]:
     """Return the number of the first row that is the same, shape (row,): copies of one image have equal features."""
-    first: dict[bytes, int] = {}
-    return np.array([first.setdefault(row.tobytes(), number) for number, row in enumerate(features)], np.int64)
+    first: dict[int, int] = {}  # by hash: 100,000 rows themselves would be a second copy of the features
+    return np.array([first.setdefault(hash(row.tobytes()), number) for number, row in enumerate(features)], np.int64)
 
 
 def apart(
@@ -175,21 +182,142 @@ def fit_logistic(features: NDArray[Any], classes: NDArray[np.intp], strength: fl
     sklearn.pipeline.Pipeline
         Of a `StandardScaler` and a `LogisticRegression`.
     """
+    with threads_for(len(features)):
+        return _logistic(strength, balance=balance).fit(_precise(features), classes)
+
+
+def _logistic(strength: float, *, balance: bool = True, warm_start: bool = False) -> Any:
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     weights = "balanced" if balance else None
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, class_weight=weights, max_iter=5000))
+    model = LogisticRegression(C=strength, class_weight=weights, max_iter=5000, warm_start=warm_start)
+    return make_pipeline(StandardScaler(), model)
+
+
+def _precise(features: NDArray[Any]) -> NDArray[Any]:
+    return features.astype(_precision(len(features)))
+
+
+def _precision(rows: int) -> Any:
+    """Return float64; for many rows float32, which takes half the memory and time."""
+    return np.float64 if rows < _FEW_ROWS else np.float32
+
+
+def class_path(
+    features: NDArray[Any], classes: NDArray[np.intp], strengths: Sequence[float]
+) -> Iterator[tuple[float, Layer]]:
+    """Yield strengths and the `softmax_layer` of a balanced `fit_logistic` at each, begun where the one before ended.
+
+    Parameters
+    ----------
+    strengths : sequence of float
+        From strong to weak, that is rising.
+    """
+    model = _logistic(1.0, warm_start=True)
+    scaler, classifier = (step for _, step in model.steps)
+    scaled = scaler.fit_transform(_precise(features))
+    for strength in strengths:
+        with threads_for(len(features)):
+            classifier.set_params(C=strength).fit(scaled, classes)
+        yield strength, softmax_layer(model)
+
+
+def ridge_path(
+    features: NDArray[Any], targets: NDArray[Any], strengths: Sequence[float]
+) -> Iterator[tuple[float, Layer]]:
+    """Yield strengths and the ridge regression at each, on standardised features: one decomposition serves all.
+
+    Parameters
+    ----------
+    features : ndarray, shape (row, dim)
+    targets : ndarray, shape (row, output)
+        Finite.
+    strengths : sequence of float
+        scikit-learn's alpha: the larger, the more are coefficients held back.
+    """
+    centre, scale = _centre_and_scale(features)
+    mean = targets.mean(axis=0, dtype=np.float64)
+    gram, cross = np.zeros((features.shape[1],) * 2), np.zeros((features.shape[1], targets.shape[1]))
     with threads_for(len(features)):
-        return model.fit(features.astype(np.float64), classes)
+        for at in range(0, len(features), _BLOCK):
+            block = (features[at : at + _BLOCK] - centre) / scale
+            gram += block.T @ block
+            cross += block.T @ (targets[at : at + _BLOCK] - mean)
+        values, vectors = np.linalg.eigh(gram)
+    values, cross = np.maximum(values, 0), vectors.T @ cross
+    for strength in strengths:
+        weights = (vectors @ (cross / (values + strength)[:, None])).T / scale
+        yield strength, (weights, mean - weights @ centre)
+
+
+def vote_path(
+    features: NDArray[Any], fractions: NDArray[Any], weights: NDArray[Any], strengths: Sequence[float]
+) -> Iterator[tuple[float, Layer]]:
+    """Yield strengths and the softmax regression at each, on standardised features, begun where the one before ended.
+
+    It is logistic regression with fractions for classes, which scikit-learn does not have.
+
+    Parameters
+    ----------
+    features : ndarray, shape (row, dim)
+    fractions : ndarray, shape (row, answer)
+        Rows sum to 1.
+    weights : ndarray, shape (row,)
+        Of each row in the likelihood.
+    strengths : sequence of float
+        As scikit-learn's C, from strong to weak, that is rising.
+    """
+    from scipy.optimize import minimize
+
+    centre, scale = _centre_and_scale(features)
+    x = np.ones((len(features), len(centre) + 1), _precision(len(features)))
+    for at in range(0, len(features), _BLOCK):
+        x[at : at + _BLOCK, :-1] = (features[at : at + _BLOCK] - centre) / scale
+    share = (weights / weights.sum())[:, None]
+    shape = (fractions.shape[1], x.shape[1])
+
+    def loss(flat: Floats, penalty: float) -> tuple[float, Floats]:
+        layer = flat.reshape(shape)
+        held = np.append(layer[:, :-1], np.zeros((shape[0], 1)), axis=1)
+        logs = log_softmax(x @ layer.T)
+        value = -float((share * fractions * logs).sum()) + penalty / 2 * float((held**2).sum())
+        return value, ((share * (np.exp(logs) - fractions)).T @ x + penalty * held).ravel()
+
+    start = np.zeros(shape).ravel()
+    limits = {"maxiter": _ITERATIONS, "gtol": 1e-5}
+    for strength in strengths:
+        penalty = 1 / (strength * weights.sum())
+        with threads_for(len(features)):
+            start = minimize(loss, start, (penalty,), method="L-BFGS-B", jac=True, options=limits).x
+        layer = start.reshape(shape)[:, :-1] / scale
+        yield strength, (layer, start.reshape(shape)[:, -1] - layer @ centre)
+
+
+def log_softmax(logits: NDArray[Any]) -> Floats:
+    """Return the logarithms of the softmax over the last axis."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)), np.float64)
+
+
+def _centre_and_scale(features: NDArray[Any]) -> tuple[Floats, Floats]:
+    scale = features.std(axis=0, dtype=np.float64)
+    return features.mean(axis=0, dtype=np.float64), np.where(scale > 0, scale, 1.0)
 
 
 def threads_for(rows: int) -> Any:
     """Return a context that keeps BLAS to one thread where a fit has few rows: waiting would cost more than the fit."""
-    from threadpoolctl import threadpool_limits
+    return _controller().limit(limits=1 if rows < _FEW_ROWS else None)
 
-    return threadpool_limits(1 if rows < _FEW_ROWS else None)
+
+@functools.cache
+def _controller() -> Any:
+    # Made once, since it reads the process's list of libraries; scikit-learn brings those that it is to see.
+    import sklearn.linear_model  # noqa: F401
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
 
 
 def softmax_layer(model: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

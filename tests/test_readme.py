@@ -15,7 +15,7 @@ README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding=
 
 
 def test_every_command_is_in_the_readme_and_the_readme_has_no_other() -> None:
-    written = set(re.findall(r"^    galembed (\w+)", README, flags=re.MULTILINE))
+    written = set(re.findall(r"^    galembed ([\w-]+)", README, flags=re.MULTILINE))
     assert written == set(COMMANDS)
 
 

@@ -2,11 +2,24 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
+from galembed import linear
 from galembed.errors import BadRequest
-from galembed.linear import apart, choice_folds, equal_rows, fit_logistic, make_folds, sky_cells, softmax_layer
+from galembed.linear import (
+    apart,
+    choice_folds,
+    class_path,
+    equal_rows,
+    fit_logistic,
+    log_softmax,
+    make_folds,
+    ridge_path,
+    sky_cells,
+    softmax_layer,
+    vote_path,
+)
 
 
 @pytest.mark.parametrize("classes", [None, np.arange(60) % 3])
@@ -98,3 +111,65 @@ def test_the_softmax_layer_is_scikit_learns_classifier_on_features_as_they_are(c
     plain = LogisticRegression(C=0.5, class_weight="balanced" if balance else None, max_iter=5000).fit(scaled, truth)
     powers = np.exp(x @ weights.T + intercepts)
     np.testing.assert_allclose(powers / powers.sum(axis=1, keepdims=True), plain.predict_proba(scaled), atol=1e-6)
+
+
+def features_and_classes(classes: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(1)
+    truth = np.arange(120) % classes
+    return (10 ** rng.uniform(-1, 1, 5) * (rng.normal(size=(120, 5)) + 0.7 * truth[:, None])), truth
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_a_path_of_strengths_ends_where_single_fits_do(classes: int) -> None:
+    x, truth = features_and_classes(classes)
+    strengths = (0.01, 0.1, 1.0)
+    path = list(class_path(x, truth, strengths))
+    assert [strength for strength, _ in path] == list(strengths)
+    for strength, layer in path:
+        single = softmax_layer(fit_logistic(x, truth, strength))
+        found, expected = (np.exp(log_softmax(x @ weights.T + intercepts)) for weights, intercepts in (layer, single))
+        np.testing.assert_allclose(found, expected, atol=2e-3)
+
+
+def test_ridge_is_scikit_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_BLOCK", 50)
+    x, _ = features_and_classes(3)
+    targets = np.random.default_rng(2).normal(1e4, 1, (120, 2)) + x[:, :2]
+    for strength, (weights, intercepts) in ridge_path(x.astype(np.float32), targets, (100.0, 1.0, 0.01)):
+        scaler = StandardScaler().fit(x.astype(np.float32).astype(float))
+        model = Ridge(alpha=strength).fit(scaler.transform(x.astype(np.float32).astype(float)), targets)
+        expected = model.predict(scaler.transform(x))
+        np.testing.assert_allclose(x @ weights.T + intercepts, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("few", [20_000, 10])
+def test_votes_of_one_answer_each_are_logistic_regression(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in float32, as where rows are many, and with counts for weights, which repeat rows."""
+    monkeypatch.setattr(linear, "_FEW_ROWS", few)
+    x, truth = features_and_classes(3)
+    weights = np.random.default_rng(3).integers(1, 4, 120)
+    scaled = StandardScaler().fit_transform(x)
+    for strength, (layer, intercepts) in vote_path(x, np.eye(3)[truth], weights.astype(float), (0.01, 1.0)):
+        plain = LogisticRegression(C=strength, max_iter=5000, tol=1e-8).fit(
+            np.repeat(scaled, weights, axis=0), np.repeat(truth, weights)
+        )
+        found = np.exp(log_softmax(x @ layer.T + intercepts))
+        np.testing.assert_allclose(found, plain.predict_proba(scaled), atol=2e-3)
+
+
+def test_vote_fractions_are_found_again() -> None:
+    rng = np.random.default_rng(4)
+    x = rng.normal(size=(400, 5))
+    truth = np.exp(log_softmax(x @ rng.normal(size=(5, 3))))
+    _, (layer, intercepts) = next(vote_path(x, truth, np.ones(400), [1e4]))
+    np.testing.assert_allclose(np.exp(log_softmax(x @ layer.T + intercepts)), truth, atol=1e-3)
+
+
+def test_many_rows_are_fitted_in_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, truth = features_and_classes(3)
+    double = softmax_layer(fit_logistic(x, truth, 0.1))
+    monkeypatch.setattr(linear, "_FEW_ROWS", 10)
+    single = softmax_layer(fit_logistic(x, truth, 0.1))
+    found, expected = (np.exp(log_softmax(x @ weights.T + intercepts)) for weights, intercepts in (single, double))
+    assert not np.array_equal(found, expected)
+    np.testing.assert_allclose(found, expected, atol=5e-3)

@@ -8,8 +8,14 @@ from astropy.table import MaskedColumn, Table
 
 from galembed.errors import ArtifactMismatch, ArtifactNotFound, BadRequest, UnreadableInput
 from galembed.linear import fit_logistic, softmax_layer
-from galembed.probes import Probe, apply_probe, evaluate_probe, fit_probe, load_probe, save_probe
+from galembed.probes import Probe, apply_probe, evaluate_probe, load_probe, refit_probe, save_probe
+from galembed.probes import fit_probe as fit_with_curve
+from galembed.probes.model import check_name, plain_name
 from tests.galembed.stores import CONTRACT, DIM, KINDS, make_store, rows
+
+
+def fit_probe(*arguments, **options):
+    return fit_with_curve(*arguments, **options, curve=False)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +69,7 @@ def test_probabilities_equal_sklearns(classes):
     model = fit_logistic(vectors, truth, 0.5)
     weights, intercept = softmax_layer(model)
     probe = Probe("p", "c", "e", tuple("abc"[:classes]), weights, intercept, np.zeros(0, np.uint64))
-    np.testing.assert_allclose(probe.probabilities(vectors), model.predict_proba(vectors.astype(float)), atol=1e-6)
+    np.testing.assert_allclose(probe.predict(vectors), model.predict_proba(vectors.astype(float)), atol=1e-6)
 
 
 def test_random_labels_score_as_chance(store, data):
@@ -91,12 +97,64 @@ def test_probe_survives_the_disk(fitted, tmp_path):
     back = load_probe(tmp_path / "probe")
     np.testing.assert_array_equal(back.weights, fitted[0].weights)
     np.testing.assert_array_equal(back.trained_on, fitted[0].trained_on)
-    assert (back.classes, back.column, back.provenance) == (
-        fitted[0].classes,
-        "morphology",
-        fitted[0].provenance,
-    )
-    assert sorted(file.name for file in (tmp_path / "probe").iterdir()) == ["probe.json", "probe.safetensors"]
+    assert (back.classes, back.column, back.kind) == (fitted[0].classes, "morphology", "classification")
+    assert back.provenance["cross_validation"]["balanced_accuracy"] == fitted[1].balanced_accuracy
+    assert back.probe_id == fitted[0].probe_id
+    assert back.labels.equals(fitted[0].labels)
+    files = sorted(file.name for file in (tmp_path / "probe").iterdir())
+    assert files == ["labels.parquet", "probe.json", "probe.safetensors"]
+
+
+def test_labels_are_kept_and_fit_the_same_probe_again(store, data, fitted):
+    assert fitted[0].labels.column_names == ["survey", "source_id", "label"]
+    kinds = dict(zip(data["source_id"], data["kind"], strict=True))
+    assert len(fitted[0].labels) == 200
+    assert all(kinds[row["source_id"]] == row["label"] for row in fitted[0].labels.to_pylist())
+    again, report = refit_probe(store, fitted[0])
+    np.testing.assert_array_equal(again.weights, fitted[0].weights)
+    assert report.balanced_accuracy == fitted[1].balanced_accuracy
+
+
+def test_a_probe_of_format_1_is_read_without_labels(store, data, fitted, tmp_path):
+    folder = save_probe(fitted[0], tmp_path / "probe")
+    old = {key: json.loads((folder / "probe.json").read_text())[key] for key in ("name", "column", "embedding_id")}
+    old |= {"format": 1, "classes": list(fitted[0].classes), "provenance": {"C": 0.1, "seed": 0}}
+    (folder / "probe.json").write_text(json.dumps(old))
+    (folder / "labels.parquet").unlink()
+    probe = load_probe(folder)
+    np.testing.assert_array_equal(probe.weights, fitted[0].weights)
+    everything = Table({"source_id": data["source_id"], "morphology": data["kind"]})
+    assert evaluate_probe(store, probe, everything).count == 200
+    with pytest.raises(BadRequest, match=r"probe 'morphology' keeps no labels: .* fit it again"):
+        refit_probe(store, probe)
+
+
+def test_coefficients_of_another_fit_are_noticed(fitted, tmp_path):
+    folder = save_probe(fitted[0], tmp_path / "probe")
+    other = dataclasses.replace(fitted[0], weights=fitted[0].weights + 1)
+    save_probe(other, tmp_path / "other")
+    (tmp_path / "other" / "probe.safetensors").replace(folder / "probe.safetensors")
+    with pytest.raises(ArtifactMismatch, match="its files are not of one fit"):
+        load_probe(folder)
+
+
+def test_a_stopped_save_is_written_over(fitted, tmp_path):
+    folder = save_probe(fitted[0], tmp_path / "probe")
+    (folder / "probe.json").unlink()
+    assert load_probe(save_probe(fitted[0], folder)).probe_id == fitted[0].probe_id
+
+
+@pytest.mark.parametrize("name", ["", "../kinds", "a b", ".hidden"])
+def test_names_that_cannot_be_in_file_names(store, labels, name):
+    with pytest.raises(BadRequest, match="is no name for a probe"):
+        fit_probe(store, labels, "morphology", name=name)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"), [("kinds", "kinds"), ("Gal Type/2", "Gal_Type_2"), (".x", "_x"), ("", "probe")]
+)
+def test_any_text_gives_a_name(text, name):
+    assert check_name(plain_name(text)) == name
 
 
 def test_absent_and_damaged_probes_say_so(fitted, tmp_path):
@@ -111,7 +169,7 @@ def test_absent_and_damaged_probes_say_so(fitted, tmp_path):
 def test_probe_of_another_format_is_refused(fitted, tmp_path):
     file = save_probe(fitted[0], tmp_path / "probe") / "probe.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 9}))
-    with pytest.raises(ArtifactMismatch, match="probe format 9, this galembed reads 1"):
+    with pytest.raises(ArtifactMismatch, match="probe format 9, this galembed reads 2"):
         load_probe(tmp_path / "probe")
 
 
@@ -145,7 +203,7 @@ def test_evaluation_on_training_data_alone_is_refused(store, labels, fitted):
 
 
 def test_apply_writes_every_row(store, data, fitted, tmp_path):
-    assert apply_probe(store, fitted[0], tmp_path / "new" / "classes.parquet") == 400
+    assert apply_probe(store, fitted[0], tmp_path / "new" / "classes.parquet")[0] == 400
     table = pq.read_table(tmp_path / "new" / "classes.parquet")
     assert table.column_names[:5] == ["survey", "source_id", "ra", "dec", "predicted"]
     chances = np.column_stack([table.column(f"probability_{name}").to_numpy() for name in fitted[0].classes])
@@ -192,7 +250,6 @@ def test_numbers_and_booleans_are_classes(store, data, values):
     ("change", "column", "message"),
     [
         ({}, "shape", "labels have no column 'shape'; they have id, kind"),
-        ({"kind": np.linspace(0, 1, 400)}, "kind", "fractions; a probe needs classes"),
         ({"kind": ["a"] * 400}, "kind", "two classes of at least 5"),
         ({"kind": [""] * 400}, "kind", "is empty"),
         ({"kind": [str(n) for n in range(400)]}, "kind", "400 different labels"),
