@@ -16,7 +16,7 @@ from galembed.runtimes import RUNTIMES
 @click.option(
     "--precision", type=click.Choice(NUMERIC_CLASSES), help="Numbers to compute in.  [default: the store's, or fp32]"
 )
-@click.option("--scheduler", help="Address of a Dask scheduler (tcp://...); local processes without it.")
+@click.option("--scheduler", help="Address of a Dask scheduler (tcp://..., tls://...); local processes without it.")
 @click.option("--workers", type=click.IntRange(min=1), help="Local processes.  [default: one per core]")
 @click.option(
     "--threads",

@@ -319,12 +319,17 @@ def _client(scheduler: str | None, workers: int | None, rows: int) -> Iterator[C
     if scheduler is not None:
         try:
             client = Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
+        except TypeError as error:  # what distributed raises for lack of an SSL context
+            raise BadRequest(
+                f"{scheduler} cannot be spoken to ({error}); for tls:// set DASK_DISTRIBUTED__COMM__TLS__CA_FILE and "
+                "DASK_DISTRIBUTED__COMM__TLS__CLIENT__CERT and __KEY"
+            ) from error
         except (OSError, ValueError) as error:
             raise BadRequest(
                 f"no Dask scheduler answers at {scheduler} within {CONNECT_SECONDS} s ({error}); "
                 "start one with `dask scheduler`, or leave --scheduler out to use this machine"
             ) from error
-        with client:
+        with client, _silenced("distributed.client"):  # a lost scheduler is told in our own words
             yield client
         return
     with (
@@ -333,6 +338,17 @@ def _client(scheduler: str | None, workers: int | None, rows: int) -> Iterator[C
         Client(cluster, set_as_default=False) as client,
     ):
         yield client
+
+
+@contextlib.contextmanager
+def _silenced(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _local_cluster(workers: int) -> LocalCluster:

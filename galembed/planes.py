@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import threading
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final
@@ -50,6 +50,16 @@ _CHECKSUM_BLOCK: Final = 2**24
 _DECOMPRESSOR: Final = threading.Lock()
 _REENTRANT: Final = ("RICE_1", "GZIP_1", "GZIP_2", "NOCOMPRESS")
 """Decompressors that threads may be in at once."""
+
+
+_dithers_filled = threading.Event()
+
+
+@contextmanager
+def _first_dithers() -> Iterator[None]:
+    with _DECOMPRESSOR:
+        yield
+        _dithers_filled.set()
 
 
 @dataclass(frozen=True)
@@ -126,10 +136,16 @@ class Pixels:
         """Return what threads take turns by, where the decompressor cannot be in two places at once.
 
         astropy lets go of the interpreter around cfitsio, whose HCOMPRESS keeps its state in globals: two threads
-        get each other's bits, now and then without an error.
+        get each other's bits, now and then without an error. Its table of dithers is filled by whoever needs it first,
+        and a second thread takes it half filled for whole.
         """
-        if self.compressed and as_stored(self.hdu).header.get("ZCMPTYPE") not in _REENTRANT:
+        if not self.compressed:
+            return nullcontext()
+        header = as_stored(self.hdu).header
+        if header.get("ZCMPTYPE") not in _REENTRANT:
             return _DECOMPRESSOR
+        if str(header.get("ZQUANTIZ", "")).startswith("SUBTRACTIVE_DITHER") and not _dithers_filled.is_set():
+            return _first_dithers()
         return nullcontext()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from astropy.wcs import WCS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from galembed import planes
 from galembed.backbones import FieldOfView, InputContract
 from galembed.cutouts import Cutout
 from galembed.errors import GalembedError, MissingBand, UnknownUnit, UnreadableInput
@@ -345,3 +348,40 @@ def test_threads_that_decompress_at_once_all_get_the_right_pixels(tmp_path: Path
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(read, range(24)))
+
+
+def test_the_first_dithered_plane_of_a_process_is_read_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cfitsio fills its table of dithers at first use, and another thread would read it half filled."""
+    monkeypatch.setattr(planes, "_dithers_filled", threading.Event())
+    path = tmp_path / "plane.fits"
+    noise = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+    fits.CompImageHDU(noise, compression_type="RICE_1", quantize_method=1).writeto(path)
+    inside, most = [0], [0]
+    lock = threading.Lock()
+
+    class Slow:
+        """Counts how many threads are in it at once."""
+
+        def __init__(self, hdu: fits.CompImageHDU) -> None:
+            self.hdu = hdu
+
+        def __getitem__(self, part: object) -> object:
+            with lock:
+                inside[0] += 1
+                most[0] = max(most[0], inside[0])
+            time.sleep(0.05)
+            with lock:
+                inside[0] -= 1
+            return self.hdu.data[part]
+
+    monkeypatch.setattr(fits.CompImageHDU, "section", property(Slow))
+
+    def read(_: int) -> None:
+        with fits.open(path) as file:
+            Pixels(file[1], "plane").read()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(read, range(2)))
+        assert most == [1]
+        list(pool.map(read, range(2)))
+    assert most == [2]
