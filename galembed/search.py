@@ -31,8 +31,8 @@ class Hits(Table):  # type: ignore[misc]  # astropy has no types
 
     Columns: `similarity` (cosine, 1 = the same direction), `distance` (1 - similarity), `survey`,
     `source_id`, `ra` and `dec` (deg), `fov` (arcsec), then the store's carried columns with their units;
-    missing values are masked. `meta` holds `store` (its path), `query` (keys of the sources asked about,
-    empty for a vector), and `where` and `cone` as asked, or "".
+    missing values are masked. `meta` holds `store` (its path), `query` and `unlike` (keys of the sources asked
+    about, empty for a vector), and `where`, `cone` and `box` as asked, or "".
     """
 
     def show(self, file: str | Path | None = None, columns: Sequence[str] = ()) -> Figure:
@@ -244,6 +244,96 @@ def healpix_ranges(ra: float, dec: float, radius_arcsec: float) -> list[tuple[in
     breaks = np.flatnonzero(np.diff(cells) > 1) + 1
     shift = 4 ** (HEALPIX_ORDER - order)
     return [(int(run[0]) * shift, (int(run[-1]) + 1) * shift) for run in np.split(cells, breaks)]
+
+
+def box_filter(box: Sequence[float]) -> str:
+    """Return the filter that keeps exactly the rows within a box on the sky.
+
+    Parameters
+    ----------
+    box : (ra_min, ra_max, dec_min, dec_max)
+        ICRS, deg; see `check_box`. The edge belongs to the box.
+
+    Returns
+    -------
+    str
+        Ranges of `_healpix_29`, which a BTREE index answers, and the limits. Rows without a position fail.
+
+    Raises
+    ------
+    BadRequest
+        If the box is not four finite numbers, or its declinations are no range.
+    """
+    ra_min, ra_max, dec_min, dec_max = check_box(box)
+    exact = f"dec >= {dec_min!r} AND dec <= {dec_max!r}"
+    if ra_max - ra_min < 360:
+        first, last = ra_min % 360.0, ra_max % 360.0
+        joined = "AND" if first <= last else "OR"
+        # Stores hold right ascensions as they were given, from -360 to 360.
+        turns = (("ra >= 0 AND ra < 360", "ra"), ("ra < 0", "(ra + 360)"), ("ra >= 360", "(ra - 360)"))
+        east = (f"({when} AND ({ra} >= {first!r} {joined} {ra} <= {last!r}))" for when, ra in turns)
+        exact += f" AND ({' OR '.join(east)})"
+    inside = " OR ".join(f"(_healpix_29 >= {first} AND _healpix_29 < {end})" for first, end in box_ranges(box))
+    return f"(({inside}) AND {exact})"
+
+
+def check_box(box: Sequence[float]) -> tuple[float, float, float, float]:
+    """Return (ra_min, ra_max, dec_min, dec_max) as floats, or raise BadRequest.
+
+    The box goes eastward from ra_min: (350, 10) and (-10, 10) are the same 20 deg, and ra_max is returned
+    larger than ra_min. A span of 360 deg or more is every right ascension.
+    """
+    try:
+        ra_min, ra_max, dec_min, dec_max = (float(value) for value in box)
+    except (TypeError, ValueError):
+        raise BadRequest(f"a box is (ra_min, ra_max, dec_min, dec_max) in deg, got {box!r}") from None
+    if not (math.isfinite(ra_min) and math.isfinite(ra_max) and -90 <= dec_min <= dec_max <= 90):
+        raise BadRequest(f"a box needs finite ra_min and ra_max, and -90 <= dec_min <= dec_max <= 90, got {box!r}")
+    if ra_max < ra_min:
+        ra_max = ra_min + (ra_max - ra_min) % 360.0
+    return ra_min, ra_max, dec_min, dec_max
+
+
+_BOX_CELLS = 96
+
+
+def box_ranges(box: Sequence[float]) -> list[tuple[int, int]]:
+    """Return half-open ranges of order-29 nested cells that cover a box; more is covered than asked for.
+
+    From the 12 base cells down, cells that cannot reach the box are dropped and the others are divided, until
+    a hundred or so are left.
+    """
+    ra_min, ra_max, dec_min, dec_max = check_box(box)
+    cells = np.arange(12)
+    order = 0
+    while True:
+        grid = HEALPix(nside=2**order, order="nested")
+        lon, lat = grid.healpix_to_lonlat(cells)
+        ra, dec = lon.to_value(u.deg), lat.to_value(u.deg)
+        reach = _cell_reach(2**order)
+        near_pole = np.abs(dec) + reach >= 90
+        # Half the range of right ascension of a circle of radius `reach` about each cell's middle.
+        sine = np.sin(np.radians(reach)) / np.cos(np.radians(np.where(near_pole, 0.0, dec)))
+        half = np.where(near_pole, 180.0, np.degrees(np.arcsin(np.clip(sine, 0, 1))))
+        beyond = (ra - (ra_min + ra_max) / 2 + 180) % 360 - 180
+        keep = (np.abs(beyond) <= (ra_max - ra_min) / 2 + half) & (dec >= dec_min - reach) & (dec <= dec_max + reach)
+        cells = cells[keep]
+        if order == 18 or len(cells) > _BOX_CELLS:
+            break
+        cells = (4 * cells[:, None] + np.arange(4)).ravel()
+        order += 1
+    breaks = np.flatnonzero(np.diff(cells) > 1) + 1
+    shift = 4 ** (HEALPIX_ORDER - order)
+    return [(int(run[0]) * shift, (int(run[-1]) + 1) * shift) for run in np.split(cells, breaks)]
+
+
+def _cell_reach(nside: int) -> float:
+    """Return the largest distance from a HEALPix cell's middle to its corner (deg; `healpix_base`'s max_pixrad)."""
+    middle = (2 / 3, math.pi / (4 * nside))
+    corner = (1 - (1 - 1 / nside) ** 2 / 3, 0.0)
+    (z1, phi1), (z2, phi2) = middle, corner
+    cosine = z1 * z2 + math.sqrt((1 - z1**2) * (1 - z2**2)) * math.cos(phi1 - phi2)
+    return 1.01 * math.degrees(math.acos(cosine)) + 1e-6
 
 
 def unit_vector(vector: Any, dim: int) -> NDArray[np.float32]:

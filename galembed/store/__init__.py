@@ -6,6 +6,7 @@ Writing is `galembed.store.commit`'s. LanceDB is loaded when a store is opened.
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import numbers
 from collections import Counter
@@ -29,6 +30,8 @@ from galembed.search import (
     Hits,
     any_of,
     arrow_columns,
+    box_filter,
+    check_box,
     check_cone,
     check_where,
     cone_filter,
@@ -44,11 +47,16 @@ FAILURES_TABLE: Final = "failures"
 JOB_FILE: Final = "job.json"
 """Account of the last embedding job, beside the tables."""
 
+SEARCH_FILE: Final = "search.json"
+"""How the vector index is searched and what was measured so, beside the tables."""
+
 POSITION_TOLERANCE_ARCSEC: Final = 5.0
 """How far the source may lie from a position that is asked about."""
 
 _OWN_COLUMNS = frozenset(embeddings_schema(1).names)
 _CHUNK = 500  # ids per SQL filter
+_QUERIES = 256  # vectors in one call of LanceDB's batch search
+_CONES = 50  # cones per SQL filter
 
 
 def open_store(path: str | Path) -> Store:
@@ -84,6 +92,61 @@ def open_store(path: str | Path) -> Store:
 
 
 @dataclass(frozen=True)
+class IndexSearch:
+    """How a vector index is searched, and what that was measured to find.
+
+    Attributes
+    ----------
+    index : str
+        LanceDB's kind of index.
+    nprobes : int
+        Partitions looked into.
+    ef : int
+        Candidates that an HNSW graph keeps.
+    refine : int
+        Times as many candidates as hits are compared exactly.
+    target : float
+        The recall that was asked for; 0 if nothing was measured.
+    recall : float
+        Share of the true 10 nearest that were found.
+    recall_filtered : float, optional
+        The same with a filter.
+    passing : float
+        Share of the rows that passed that filter.
+    queries : int
+        Stored vectors that were asked about, themselves left out.
+    rows : int
+        Rows of the store then.
+    """
+
+    index: str
+    nprobes: int
+    ef: int
+    refine: int
+    target: float = 0.0
+    recall: float = 0.0
+    recall_filtered: float | None = None
+    passing: float = 0.0
+    queries: int = 0
+    rows: int = 0
+
+    @property
+    def met(self) -> bool:
+        """Whether what was measured reaches the target, with the filter too."""
+        return min(self.recall, self.recall if self.recall_filtered is None else self.recall_filtered) >= self.target
+
+    def __str__(self) -> str:
+        how = f"nprobes {self.nprobes}, ef {self.ef}, refine {self.refine}"
+        if not self.queries:
+            return how
+        text = f"recall@10 {self.recall:.3f}"
+        if self.recall_filtered is not None:
+            text += f", {self.recall_filtered:.3f} among {self.passing:.0%} of the rows"
+        text += f" ({self.queries} queries, {self.rows:,} rows; {how})"
+        return text if self.met else f"{text}, short of {self.target:g}"
+
+
+@dataclass(frozen=True)
 class Status:
     """The state of a store; `str` gives it for reading.
 
@@ -115,6 +178,8 @@ class Status:
         Columns of predicted vote fractions and numbers.
     flags : mapping of str to int
         Rows with each warning about the picture (`galembed.quality.FLAGS`).
+    index_search : IndexSearch, optional
+        How the vector index is searched; None without one.
     """
 
     path: str
@@ -131,12 +196,14 @@ class Status:
     carried: tuple[str, ...] = ()
     predictions: tuple[str, ...] = ()
     flags: Mapping[str, int] = field(default_factory=dict)
+    index_search: IndexSearch | None = None
 
     def __str__(self) -> str:
         contract = self.contract
         bands = ", ".join(f"{role} = {band}" for role, band in contract.bands.items())
         failed = ", ".join(f"{count:,} {reason}" for reason, count in self.failures.items())
         index = self.index if self.index == "exact" else f"{self.index} ({self.unindexed:,} rows not in it)"
+        index += f"; {self.index_search}" if self.index_search else ""
         head = f"{len(self.predictions)} predictions, from {self.predictions[0]}" if self.predictions else "none"
         lines = {
             "store": self.path,
@@ -300,6 +367,17 @@ class Store:
         """Return the vector indexes: name and kind."""
         return {index.name: str(index.index_type) for index in self.table.list_indices() if index.columns == ["vector"]}
 
+    @functools.cached_property
+    def _measured(self) -> Mapping[str, Any]:
+        return read_json(join(self.path, SEARCH_FILE))
+
+    def index_search(self, kind: str) -> IndexSearch:
+        """Return how an index of LanceDB's `kind` is searched: as `galembed index` found best, else amply."""
+        if self._measured.get("index") == kind:
+            return IndexSearch(**self._measured)
+        # Bits tell distances less well than bytes do: more candidates are compared exactly.
+        return IndexSearch(kind, nprobes=64, ef=128, refine=10 if kind == "IvfRq" else 3)
+
     def status(self) -> Status:
         """Return how many sources are embedded, how many failed and why, and how they are searched."""
         engines: Counter[str] = Counter()
@@ -328,6 +406,7 @@ class Store:
             job=read_json(join(self.path, JOB_FILE)),
             writer=writer(self.path),
             flags=dict(flags.most_common()),
+            index_search=self.index_search(kind) if name else None,
         )
 
     def similar(
@@ -335,29 +414,48 @@ class Store:
         to: Any,
         k: int = 10,
         *,
+        unlike: Any = None,
         where: str | None = None,
         cone: Sequence[float] | None = None,
+        box: Sequence[float] | None = None,
         exclude_self: bool = True,
+        exclude: Any = None,
+        exclude_within: float | None = None,
         columns: Sequence[str] | None = None,
         exact: bool = False,
     ) -> Hits:
         """Return the sources that look most like something, nearest first.
 
+        With `unlike`, the search is along the mean direction of `to` minus that of `unlike`, each of length 1:
+        relevance feedback after Rocchio (1971, in Salton, The SMART Retrieval System, ch. 14), with equal
+        weights. A hit's `similarity` is then the cosine with that difference, far below 1 for the best too.
+
         Parameters
         ----------
-        to : str, sequence of str, Hits, Row, SkyCoord or array_like of shape (dim,)
+        to : str, sequence of str, Hits, Row, SkyCoord, Path or array_like of shape (dim,)
             A source's id (``survey:id`` where two surveys share it), several of them or rows of a table with
             `survey` and `source_id` (their mean direction), a position (the nearest source within 5 arcsec),
-            or a vector.
+            a picture or FITS cutout of the kind that the store was made from (a `Path`: text is an id), or a
+            vector.
         k : int
             How many; fewer come back where fewer pass the filters.
+        unlike : optional
+            As `to`: what the hits should not look like.
         where : str, optional
             SQL expression over the columns, applied before the search: ``mag_r < 19 AND survey = 'legacy'``.
             A null passes no comparison.
         cone : (ra, dec, radius), optional
             ICRS deg, deg, arcsec: only sources within. Sources without a position are left out.
+        box : (ra_min, ra_max, dec_min, dec_max), optional
+            ICRS deg: only sources within, eastward from ra_min, so (350, 10, ...) crosses RA 0. Sources
+            without a position are left out.
         exclude_self : bool
-            Leave out the sources that were asked about.
+            Leave out the sources that were asked about, in `to` and `unlike`.
+        exclude : optional
+            Sources to leave out: ids or rows, as `to`.
+        exclude_within : float, optional
+            Arcsec: leave out what lies so near to a source in `to`, such as the same object in another tile or
+            survey. A source without a position has nothing near it.
         columns : sequence of str, optional
             Store columns to return instead of the carried ones; predictions are there when asked for.
         exact : bool
@@ -371,68 +469,186 @@ class Store:
         Raises
         ------
         BadRequest
-            If the id, position, vector, filter, cone or a column does not fit the store.
+            If the id, position, vector, filter, cone, box or a column does not fit the store.
+        ArtifactNotFound, ArtifactMismatch, UnreadableInput
+            If an image cannot be read, or embedded as the store's were.
         """
+        names = self._hit_names(k, columns)
+        condition = self._filter(where, cone, box)
+        vector, keys = self._query(to)
+        others: list[tuple[str, str]] = []
+        if unlike is not None:
+            away, others = self._query(unlike)
+            vector = _contrast(vector, away)
+        skip = {*keys, *others} if exclude_self else set()
+        if exclude is not None:
+            skip.update(self._keys(exclude))
+        if exclude_within is not None:
+            skip.update(self._around(keys, exclude_within))
+        found = self._nearest(vector, int(k) + len(skip), names, condition, where, exact=exact)
+        if skip:
+            found = found.filter(pa.array([key not in skip for key in _key_pairs(found)], pa.bool_()))
+        meta = {"query": [":".join(key) for key in keys], "unlike": [":".join(key) for key in others]}
+        return self._hits(found.slice(0, int(k)), names, meta | _asked(where, cone, box))
+
+    def similar_to_each(
+        self,
+        to: Any,
+        k: int = 10,
+        *,
+        where: str | None = None,
+        cone: Sequence[float] | None = None,
+        box: Sequence[float] | None = None,
+        exclude_self: bool = True,
+        columns: Sequence[str] | None = None,
+        exact: bool = False,
+    ) -> Hits:
+        """Return the sources most like each of many: what as many calls of `similar` find, in one.
+
+        Without an index, or with `exact`, the store is read once for all of them.
+
+        Parameters
+        ----------
+        to : sequence of str, Table or array_like of shape (n, dim)
+            One query each: ids, rows of a table with `survey` and `source_id`, or vectors.
+        k : int
+            How many for each; fewer come back where fewer pass the filters.
+        where, cone, box, columns, exact
+            As in `similar`.
+        exclude_self : bool
+            Leave out of each query's hits the source that it is.
+
+        Returns
+        -------
+        Hits
+            With the column `query` first: the number of the query in `to`, from 0. Sorted by it, then nearest
+            first. `meta["query"]` holds the keys in the order of `to`, empty for vectors.
+
+        Raises
+        ------
+        BadRequest
+            If an id, vector, filter, cone, box or a column does not fit the store.
+        """
+        names = self._hit_names(k, columns)
+        condition = self._filter(where, cone, box)
+        vectors, keys = self._queries(to)
+        own = np.array([":".join(key) for key in keys], object) if exclude_self and keys else None
+        count = int(k) + (own is not None)
+        kind = next(iter(self.vector_indexes().values()), "")
+        if exact or not kind:
+            found = self._nearest_by_scan(vectors, count, names, condition, where)
+        else:
+            parts = []
+            for start in range(0, len(vectors), _QUERIES):
+                part = self._nearest(vectors[start : start + _QUERIES], count, names, condition, where, exact=False)
+                number = pa.array(query_numbers(part) + start)
+                parts.append(part.select([*names, "_distance"]).append_column("query_index", number))
+            found = pa.concat_tables(parts)
+        found = _best_of_each(found, int(k), own)
+        meta = {"query": [":".join(key) for key in keys], "unlike": []}
+        hits = self._hits(found, names, meta | _asked(where, cone, box))
+        if "query" in hits.colnames:
+            hits.rename_column("query", "catalogue_query")
+        hits.add_column(found.column("query_index").to_numpy(), index=0, name="query")
+        return hits
+
+    def _queries(self, to: Any) -> tuple[NDArray[np.float32], list[tuple[str, str]]]:
+        """Return the vectors of many queries, shape (n, dim), and the keys they stand for, if any."""
+        if not isinstance(to, Table):
+            values = np.asarray(to)
+            if values.dtype.kind == "f":
+                if values.ndim != 2 or not len(values):
+                    raise BadRequest(f"many queries are vectors of shape (n, {self.dim}), n >= 1; got {values.shape}")
+                return np.stack([unit_vector(vector, self.dim) for vector in values]), []
+            if values.ndim != 1:
+                raise BadRequest(f"many queries are ids, rows of a table or vectors; got {type(to).__name__}")
+        keys = self._keys(to)
+        return np.stack([unit_vector(vector, self.dim) for vector in self._vectors_of(keys)]), keys
+
+    def _vectors_of(self, keys: Sequence[tuple[str, str]]) -> NDArray[np.float32]:
+        vectors = matrix(self.rows(keys, ["vector"]).column("vector"))
+        if len(vectors) < len(keys):
+            raise BadRequest(f"{len(keys) - len(vectors)} of the sources asked about are not in the store {self.path}")
+        return vectors
+
+    def _nearest_by_scan(
+        self,
+        vectors: NDArray[np.float32],
+        count: int,
+        names: list[str],
+        condition: str | None,
+        where: str | None,
+    ) -> pa.Table:
+        """Return what `_nearest` does for each of many queries, with `query_index`, from one pass."""
+        try:
+            rows, distance = nearest_rows(self.table, vectors, count, condition)
+        except (ValueError, RuntimeError) as error:
+            raise _refused(where, error) from error
+        query, place = np.nonzero(np.isfinite(distance))
+        schema = pa.schema([self.schema.field(name) for name in names])
+        wanted, position = np.unique(rows[query, place], return_inverse=True)
+        found = schema.empty_table()
+        if len(wanted):
+            taken = self.table.take_row_ids(wanted.tolist()).select(names).with_row_id().to_arrow()
+            order = np.argsort(taken.column("_rowid").to_numpy())
+            found = taken.take(pa.array(order[position])).select(names).cast(schema)
+        found = found.append_column("_distance", pa.array(distance[query, place], pa.float32()))
+        return found.append_column("query_index", pa.array(query, pa.int64()))
+
+    def _hit_names(self, k: int, columns: Sequence[str] | None) -> list[str]:
         if not isinstance(k, numbers.Integral) or k < 1:
             raise BadRequest(f"k is how many sources to return, at least 1; got {k!r}")
         extra = self.carried if columns is None else self._known(columns)
-        names = list(dict.fromkeys([*HIT_COLUMNS, *extra]))
-        vector, keys = self._query(to)
-        skip = keys if exclude_self else []
-        found = self._nearest(vector, int(k) + len(skip), names, where, cone, exact=exact)
-        own = [key in set(skip) for key in _key_pairs(found)]
-        found = found.filter(pa.array([not mine for mine in own], pa.bool_())).slice(0, int(k))
-        return self._hits(found, names, keys, where, cone)
+        return list(dict.fromkeys([*HIT_COLUMNS, *extra]))
 
-    def _hits(
-        self,
-        found: pa.Table,
-        names: list[str],
-        keys: list[tuple[str, str]],
-        where: str | None,
-        cone: Sequence[float] | None,
-    ) -> Hits:
+    def _hits(self, found: pa.Table, names: list[str], meta: Mapping[str, Any]) -> Hits:
         distance = found.column("_distance").to_numpy().astype(np.float32)
-        meta = {
-            "store": self.path,
-            "query": [":".join(key) for key in keys],
-            "where": where or "",
-            "cone": " ".join(map(str, check_cone(cone))) if cone is not None else "",
-        }
         # The index returns columns without their metadata.
         fields = pa.schema([self.schema.field(name) for name in names])
-        hits = Hits(arrow_columns(found.select(names).cast(fields)), copy=False, meta=meta)
+        hits = Hits(arrow_columns(found.select(names).cast(fields)), copy=False, meta={"store": self.path, **meta})
         for name in {"similarity", "distance"} & set(names):
             hits.rename_column(name, f"catalogue_{name}")
         hits.add_columns([1 - distance, distance], indexes=[0, 0], names=["similarity", "distance"])
         return hits
 
-    def _filter(self, where: str | None, cone: Sequence[float] | None) -> str | None:
+    def _filter(
+        self, where: str | None, cone: Sequence[float] | None, box: Sequence[float] | None = None
+    ) -> str | None:
         parts = [f"({check_where(where, self.schema.names)})"] if where is not None else []
         parts += [cone_filter(cone)] if cone is not None else []
+        parts += [box_filter(box)] if box is not None else []
         return " AND ".join(parts) or None
+
+    def _around(self, keys: Sequence[tuple[str, str]], radius: float) -> set[tuple[str, str]]:
+        """Return the sources within `radius` arcsec of the positions of others."""
+        if not keys:
+            raise BadRequest("exclude_within needs sources to keep away from; a vector has no position")
+        places = self.rows(keys, ["ra", "dec"])
+        cones = [
+            cone_filter((ra, dec, radius))
+            for ra, dec in zip(places.column("ra").to_pylist(), places.column("dec").to_pylist(), strict=True)
+            if ra is not None
+        ]
+        found: set[tuple[str, str]] = set()
+        for start in range(0, len(cones), _CONES):
+            condition = " OR ".join(cones[start : start + _CONES])
+            for batch in self.table.search().where(condition).select(["survey", "source_id"]).to_batches():
+                found.update(_key_pairs(batch))
+        return found
 
     def _nearest(
         self,
         vector: NDArray[np.float32],
         count: int,
         names: list[str],
+        condition: str | None,
         where: str | None,
-        cone: Sequence[float] | None,
         *,
         exact: bool,
     ) -> pa.Table:
-        query = self.table.search(vector, vector_column_name="vector").distance_type("cosine")
-        query = query.select([*names, "_distance"]).limit(count)
-        condition = self._filter(where, cone)
-        if condition is not None:
-            query = query.where(condition, prefilter=True)
-        if exact:
-            query = query.bypass_vector_index()
-        elif kinds := list(self.vector_indexes().values()):
-            # Recall first. Bits tell distances less well than bytes do: more candidates are compared exactly.
-            refine = 10 if kinds[0] == "IvfRq" else 3
-            query = query.nprobes(64).ef(max(128, refine * count)).refine_factor(refine)
+        kind = next(iter(self.vector_indexes().values()), "")
+        settings = self.index_search(kind) if kind and not exact else None
+        query = vector_query(self.table, vector, count, condition, settings).select([*names, "_distance"])
         try:
             return query.to_arrow()
         except (ValueError, RuntimeError) as error:
@@ -440,30 +656,39 @@ class Store:
 
     def _query(self, to: Any) -> tuple[NDArray[np.float32], list[tuple[str, str]]]:
         """Return the query vector and the keys of the sources it stands for."""
-        if isinstance(to, SkyCoord):
-            return self._mean_direction([self._at(to)])
-        if isinstance(to, Row | Table):
-            return self._mean_direction(_keys_of(to))
-        if isinstance(to, str | bytes | numbers.Integral):
-            return self._mean_direction(self._resolve([_id_text(to)]))
-        values = np.asarray(to)
-        if values.dtype.kind == "f":
-            return unit_vector(values, self.dim), []
+        if isinstance(to, Path):
+            from galembed.store.images import embed_image
+
+            return embed_image(self, to), []
+        if not isinstance(to, SkyCoord | Row | Table | str | bytes | numbers.Integral):
+            values = np.asarray(to)
+            if values.dtype.kind == "f":
+                return unit_vector(values, self.dim), []
+        return self._mean_direction(self._keys(to))
+
+    def _keys(self, of: Any) -> list[tuple[str, str]]:
+        """Return the keys of sources: ids, rows, or a position."""
+        if isinstance(of, SkyCoord):
+            return [self._at(of)]
+        if isinstance(of, Row | Table):
+            return _keys_of(of)
+        if isinstance(of, str | bytes | numbers.Integral):
+            return self._resolve([_id_text(of)])
+        values = np.asarray(of)
         if (
             values.ndim == 1
             and values.size
             and all(isinstance(item, str | bytes | numbers.Integral) for item in values)
         ):
-            return self._mean_direction(self._resolve([_id_text(item) for item in values]))
+            return self._resolve([_id_text(item) for item in values])
         raise BadRequest(
             f"a search is for an id, a list of ids, a SkyCoord or a vector of {self.dim} numbers; "
-            f"got {type(to).__name__}"
+            f"got {type(of).__name__}"
         )
 
     def _mean_direction(self, keys: list[tuple[str, str]]) -> tuple[NDArray[np.float32], list[tuple[str, str]]]:
-        vectors = matrix(self.rows(keys, ["vector"]).column("vector"))
-        if len(vectors) < len(keys):
-            raise BadRequest(f"{len(keys) - len(vectors)} of the sources asked about are not in the store {self.path}")
+        keys = list(dict.fromkeys(keys))
+        vectors = self._vectors_of(keys)
         return unit_vector(vectors.mean(axis=0), self.dim), keys
 
     def _resolve(self, ids: list[str]) -> list[tuple[str, str]]:
@@ -472,7 +697,7 @@ class Store:
         found: dict[str, list[str]] = {}
         for survey, source_id in _key_pairs(self._by_id(sorted(candidates), ["survey", "source_id"])):
             found.setdefault(source_id, []).append(survey)
-        return list(dict.fromkeys(self._key(text, found) for text in ids))
+        return [self._key(text, found) for text in ids]
 
     def _key(self, text: str, found: Mapping[str, list[str]]) -> tuple[str, str]:
         surveys = sorted(found.get(text, []))
@@ -548,7 +773,98 @@ def _joined_keys(table: pa.Table | pa.RecordBatch) -> pa.Array:
     return keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
 
 
-def _key_pairs(table: pa.Table) -> list[tuple[str, str]]:
+def vector_query(
+    table: Any, vectors: NDArray[np.float32], count: int, condition: str | None, settings: IndexSearch | None
+) -> Any:
+    """Return LanceDB's query for the nearest rows to one vector or many; exact without `settings`."""
+    query = table.search(vectors, vector_column_name="vector").distance_type("cosine").limit(count)
+    if condition is not None:
+        query = query.where(condition, prefilter=True)
+    if settings is None:
+        return query.bypass_vector_index()
+    query = query.nprobes(settings.nprobes).refine_factor(settings.refine)
+    return query.ef(max(settings.ef, settings.refine * count))
+
+
+def query_numbers(found: pa.Table) -> NDArray[np.int64]:
+    """Return which of its vectors each row of a batch search is for; LanceDB does not say it for one vector."""
+    if "query_index" not in found.column_names:
+        return np.zeros(found.num_rows, np.int64)
+    return np.asarray(found.column("query_index").to_numpy(), np.int64)
+
+
+def nearest_rows(
+    table: Any, vectors: NDArray[np.float32], count: int, condition: str | None = None
+) -> tuple[NDArray[np.uint64], NDArray[np.float32]]:
+    """Return the nearest rows to each of many vectors by comparing with every row, in one pass.
+
+    Parameters
+    ----------
+    table : lancedb.table.Table
+    vectors : ndarray, shape (n, dim), float32
+        Unit norm.
+    count : int
+    condition : str, optional
+        SQL filter.
+
+    Returns
+    -------
+    rows : ndarray, shape (n, count), uint64
+        Lance's row numbers, nearest first.
+    distance : ndarray, shape (n, count), float32
+        1 - cosine; inf where fewer than `count` rows pass.
+    """
+    rows = np.zeros((len(vectors), count), np.uint64)
+    distance = np.full((len(vectors), count), np.inf, np.float32)
+    query = table.search().select(["vector"]).with_row_id(True)
+    if condition is not None:
+        query = query.where(condition)
+    for batch in query.to_batches(batch_size=4096):
+        block = matrix(batch.column("vector"))
+        block = block / np.linalg.norm(block, axis=1, keepdims=True)
+        numbers_here = np.asarray(batch.column("_rowid").to_numpy(), np.uint64)
+        for start in range(0, len(vectors), 1024):
+            part = slice(start, start + 1024)
+            here = 1 - vectors[part] @ block.T
+            if here.shape[1] > count:
+                best = np.argpartition(here, count - 1, axis=1)[:, :count]
+            else:
+                best = np.broadcast_to(np.arange(here.shape[1]), here.shape)
+            both = np.concatenate([distance[part], np.take_along_axis(here, best, axis=1)], axis=1)
+            order = np.argsort(both, axis=1, kind="stable")[:, :count]
+            distance[part] = np.take_along_axis(both, order, axis=1)
+            rows[part] = np.take_along_axis(np.concatenate([rows[part], numbers_here[best]], axis=1), order, axis=1)
+    return rows, distance
+
+
+def _best_of_each(found: pa.Table, k: int, own: NDArray[np.object_] | None) -> pa.Table:
+    """Return the k nearest of each query, sorted, without the query itself (`own`: its key, by query)."""
+    found = found.sort_by([("query_index", "ascending"), ("_distance", "ascending")])
+    query = found.column("query_index").to_numpy()
+    if own is not None:
+        keys = np.array([":".join(key) for key in _key_pairs(found)], object)
+        found = found.filter(pa.array(keys != own[query], pa.bool_()))
+        query = found.column("query_index").to_numpy()
+    place = np.arange(len(query)) - np.searchsorted(query, query)
+    return found.filter(pa.array(place < k, pa.bool_()))
+
+
+def _contrast(vector: NDArray[np.float32], away: NDArray[np.float32]) -> NDArray[np.float32]:
+    difference = np.asarray(vector, np.float64) - away
+    if np.linalg.norm(difference) < 1e-6:
+        raise BadRequest("what the hits should be like and unlike have the same direction; give other sources")
+    return unit_vector(difference, len(vector))
+
+
+def _asked(where: str | None, cone: Sequence[float] | None, box: Sequence[float] | None) -> dict[str, str]:
+    return {
+        "where": where or "",
+        "cone": " ".join(map(str, check_cone(cone))) if cone is not None else "",
+        "box": " ".join(map(str, check_box(box))) if box is not None else "",
+    }
+
+
+def _key_pairs(table: pa.Table | pa.RecordBatch) -> list[tuple[str, str]]:
     return list(zip(table.column("survey").to_pylist(), table.column("source_id").to_pylist(), strict=True))
 
 

@@ -1,17 +1,46 @@
-"""Building a store's indexes."""
+"""Building a store's indexes, and finding how to search them."""
 
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
-from galembed.errors import BadRequest
-from galembed.store import Store
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 
-EXACT_BELOW: Final = 100_000
-"""Rows below which a store is searched exactly: a scan takes a fraction of a second and misses nothing."""
+from galembed.errors import BadRequest
+from galembed.store import (
+    EMBEDDINGS_TABLE,
+    SEARCH_FILE,
+    IndexSearch,
+    Store,
+    matrix,
+    nearest_rows,
+    query_numbers,
+    vector_query,
+)
+from galembed.store.places import join, storage_options, table_uri, write_json
+
+EXACT_BELOW: Final = 64_000_000
+"""Numbers (rows x length of the vectors) below which a store is searched exactly: 100,000 rows of 640, a scan of
+which takes a fraction of a second and misses nothing."""
+
+HNSW_BELOW: Final = 3_200_000_000
+"""Numbers below which a graph is built: 5 million rows of 640. Above, building it takes hours."""
+
+FOLD_BELOW: Final = 0.2
+"""Share of the rows up to which new ones are folded into the index that is there; with more it is built anew."""
+
+INDEX_KINDS: Final = ("auto", "exact", "hnsw", "rq")
+
+_LANCE_KINDS: Final = {"hnsw": "IvfHnswSq", "rq": "IvfRq"}
+_K = 10
+_QUERIES = 200
+_TIE = 1e-6  # of a cosine distance in float32
 
 
 @dataclass(frozen=True)
@@ -24,60 +53,115 @@ class IndexReport:
     kind : str
         ``exact``, ``hnsw`` or ``rq``.
     scalar : tuple of str
-        Columns that got a BTREE index, for filters and cones.
+        Columns that have a BTREE index, for filters and cones.
     seconds : float
+    folded : int, optional
+        Rows that an index that was there did not hold before; None if it was built.
+    search : IndexSearch, optional
+        How it is searched from now on, and what that finds.
     """
 
     rows: int
     kind: str
     scalar: tuple[str, ...]
     seconds: float
+    folded: int | None = None
+    search: IndexSearch | None = None
 
     def __str__(self) -> str:
-        how = {
-            "exact": f"search is exact, with no vector index (worth one from {EXACT_BELOW:,} rows)",
-            "hnsw": "vector index IVF_HNSW_SQ built",
-            "rq": "vector index IVF_RQ built",
-        }[self.kind]
+        if self.kind == "exact":
+            how = f"search is exact, with no vector index (worth one from {EXACT_BELOW:,} numbers)"
+        else:
+            name = {"hnsw": "IVF_HNSW_SQ", "rq": "IVF_RQ"}[self.kind]
+            done = "built" if self.folded is None else f"kept, {self.folded:,} new rows folded in"
+            how = f"vector index {name} {done}"
         filters = f"filters use {' and '.join(self.scalar)}" if self.scalar else "no filter index on an empty store"
-        return f"{self.rows:,} rows: {how}; {filters}; {self.seconds:.1f} s"
+        text = f"{self.rows:,} rows: {how}; {filters}; {self.seconds:.1f} s"
+        if self.search is not None:
+            text += f"\n{self.search}"
+            text += "" if self.search.met else "; `galembed search --exact` misses nothing"
+        return text
 
 
-INDEX_KINDS: Final = ("auto", "exact", "hnsw", "rq")
+def build_index(store: Store, kind: str = "auto", *, recall: float = 0.95) -> IndexReport:
+    """Build the indexes of a store, and find how to search its vectors.
 
-
-def build_index(store: Store, kind: str = "auto") -> IndexReport:
-    """Build the indexes of a store.
+    An index of that kind that lacks at most a fifth of the rows is kept, and they are folded in. Then stored
+    vectors are searched for, more and more thoroughly, until the share of the true 10 nearest that is found
+    reaches `recall`, both among all rows and with a filter that passes about a tenth of them (a part of the
+    sky). `Store.similar` searches so from then on.
 
     Parameters
     ----------
     store : Store
     kind : str
         ``exact``: none on the vectors, and an existing one is dropped. ``hnsw``: IVF_HNSW_SQ, the best
-        recall. ``rq``: IVF_RQ, built some ten times faster. ``auto``: exact below 100,000 rows, else hnsw.
+        recall. ``rq``: IVF_RQ, built some ten times faster. ``auto``: exact below 64 million numbers (100,000
+        rows of 640), hnsw up to 3.2 billion, then rq.
+    recall : float
+        In (0, 1].
 
     Raises
     ------
     BadRequest
-        If the kind is unknown, or LanceDB cannot build it on these rows.
+        If the kind is unknown, `recall` is out of range, or LanceDB cannot build it on these rows.
     """
     from lancedb.index import BTree
 
     if kind not in INDEX_KINDS:
         raise BadRequest(f"index kind {kind!r} is unknown; choose one of {', '.join(INDEX_KINDS)}")
+    if not 0 < recall <= 1:
+        raise BadRequest(f"recall is the share of the nearest to find, above 0 and up to 1; got {recall!r}")
     started = time.monotonic()
+    store.table.checkout_latest()
     rows = len(store)
     if kind == "auto":
-        kind = "exact" if rows < EXACT_BELOW else "hnsw"
+        kind = _kind_for(rows * store.dim)
+    if kind != "exact" and not rows:
+        raise BadRequest(f"the store {store.path} holds no rows to build an index {kind} on; use the kind exact")
+    lacking = _lacking(store, kind)
+    folded = lacking if lacking is not None and lacking <= FOLD_BELOW * rows else None
     scalar = ("_healpix_29", "source_id") if rows else ()
+    indexed = {name for index in store.table.list_indices() for name in index.columns}
     for column in scalar:
-        store.table.create_index(column, config=BTree(), replace=True)
-    if kind == "exact":
+        if folded is None or column not in indexed:
+            store.table.create_index(column, config=BTree(), replace=True)
+    if folded is not None:
+        _fold(store)
+    elif kind == "exact":
         for index in store.vector_indexes():
             store.table.drop_index(index)
     else:
         _build_vector_index(store, kind, rows)
-    return IndexReport(rows, kind, scalar, time.monotonic() - started)
+    settings = None
+    if kind != "exact":
+        settings = _tuned(store, kind, recall)
+        write_json(join(store.path, SEARCH_FILE), asdict(settings))
+        vars(store).pop("_measured", None)
+    return IndexReport(rows, kind, scalar, time.monotonic() - started, folded, settings)
+
+
+def _kind_for(numbers: int) -> str:
+    if numbers < EXACT_BELOW:
+        return "exact"
+    return "hnsw" if numbers <= HNSW_BELOW else "rq"
+
+
+def _lacking(store: Store, kind: str) -> int | None:
+    """Return how many rows an index of this kind lacks; None if there is none."""
+    for name, lance_kind in store.vector_indexes().items():
+        if lance_kind == _LANCE_KINDS.get(kind):
+            return int(store.table.index_stats(name).num_unindexed_rows)
+    return None
+
+
+def _fold(store: Store) -> None:
+    # LanceDB's own `optimize` would also merge files and remove old versions, which readers may have open.
+    import lance
+
+    place = table_uri(store.path, EMBEDDINGS_TABLE)
+    lance.dataset(place, storage_options=storage_options(store.path) or None).optimize.optimize_indices()
+    store.table.checkout_latest()
 
 
 def _build_vector_index(store: Store, kind: str, rows: int) -> None:
@@ -85,11 +169,90 @@ def _build_vector_index(store: Store, kind: str, rows: int) -> None:
 
     config: Any
     if kind == "hnsw":
-        config = HnswSq(distance_type="cosine", num_partitions=max(1, math.ceil(rows / 500_000)))
+        config = HnswSq(distance_type="cosine", num_partitions=_partitions(kind, rows))
     else:
-        config = IvfRq(distance_type="cosine", num_partitions=max(1, rows // 4096), max_iterations=10)
+        config = IvfRq(distance_type="cosine", num_partitions=_partitions(kind, rows), max_iterations=10)
     try:
         store.table.create_index("vector", config=config, replace=True)
     except (ValueError, RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise BadRequest(f"LanceDB built no {kind} index on {rows} rows: {reason}; use the kind exact") from error
+
+
+def _partitions(kind: str, rows: int) -> int:
+    return max(1, math.ceil(rows / 500_000)) if kind == "hnsw" else max(1, rows // 4096)
+
+
+def _ways(kind: str, rows: int) -> Iterator[IndexSearch]:
+    """Yield ways to search an index, from the fastest to the most thorough."""
+    # An index that rows were folded into may have fewer partitions: asking for more than there are does no harm.
+    partitions, name = _partitions(kind, rows), _LANCE_KINDS[kind]
+    if kind == "hnsw":
+        for ef, refine in ((32, 1), (64, 2), (128, 3), (256, 5), (512, 10), (1024, 20), (2048, 50)):
+            yield IndexSearch(name, nprobes=partitions, ef=ef, refine=refine)
+        return
+    for part, refine in ((16, 10), (8, 10), (4, 10), (2, 10), (1, 10), (1, 30), (1, 100)):
+        yield IndexSearch(name, nprobes=math.ceil(partitions / part), ef=128, refine=refine)
+
+
+@dataclass(frozen=True)
+class _Questions:
+    """Stored vectors, and how far their 10th nearest row truly is, among those that pass a filter."""
+
+    rows: NDArray[np.uint64]
+    vectors: NDArray[np.float32]
+    condition: str | None
+    reach: NDArray[np.float32]
+    there: NDArray[np.intp]
+
+
+def _tuned(store: Store, kind: str, recall: float) -> IndexSearch:
+    """Return the fastest way that reaches `recall`; the last one where none does."""
+    rows = len(store)
+    chosen = np.sort(np.random.default_rng(0).choice(rows, min(rows, _QUERIES), replace=False))
+    taken = store.table.take_offsets(chosen.tolist()).select(["vector", "_healpix_29"]).with_row_id().to_arrow()
+    vectors = matrix(taken.column("vector"))
+    vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    numbers = np.asarray(taken.column("_rowid").to_numpy(), np.uint64)
+    everything = _questions(store, numbers, vectors, None)
+    cells = taken.column("_healpix_29").drop_null().to_numpy()
+    part = None
+    if len(cells):
+        part = _questions(store, numbers, vectors, f"_healpix_29 <= {int(np.quantile(cells, 0.1))}")
+    passing = store.table.count_rows(part.condition) / rows if part is not None else 0.0
+    for way in _ways(kind, rows):
+        settings = replace(
+            way,
+            target=recall,
+            recall=_found(store, everything, way),
+            recall_filtered=_found(store, part, way) if part is not None else None,
+            passing=passing,
+            queries=len(chosen),
+            rows=rows,
+        )
+        if settings.met:
+            break
+    return settings
+
+
+def _questions(
+    store: Store, rows: NDArray[np.uint64], vectors: NDArray[np.float32], condition: str | None
+) -> _Questions:
+    found, distance = nearest_rows(store.table, vectors, _K + 1, condition)
+    others = np.sort(np.where(found == rows[:, None], np.inf, distance), axis=1)[:, :_K]
+    there = np.isfinite(others).sum(axis=1)
+    reach = np.where(there, others[np.arange(len(others)), np.maximum(there, 1) - 1], -np.inf)
+    return _Questions(rows, vectors, condition, reach.astype(np.float32), there)
+
+
+def _found(store: Store, questions: _Questions, way: IndexSearch) -> float:
+    """Return the share of the true nearest that a way finds; rows as near as the last of them count."""
+    if not questions.there.any():
+        return 1.0
+    query = vector_query(store.table, questions.vectors, _K + 1, questions.condition, way)
+    hits: pa.Table = query.select(["_distance"]).with_row_id(True).to_arrow()
+    asked = query_numbers(hits)
+    near = hits.column("_distance").to_numpy() <= questions.reach[asked] + _TIE
+    near &= hits.column("_rowid").to_numpy() != questions.rows[asked]
+    counts = np.minimum(np.bincount(asked[near], minlength=len(questions.rows)), questions.there)
+    return float(counts.sum() / questions.there.sum())

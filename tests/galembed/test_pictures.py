@@ -9,12 +9,12 @@ from PIL import Image
 
 from galembed import sources
 from galembed.cli import main
-from galembed.commands import embed_image
 from galembed.cutouts import Cutout
 from galembed.errors import ArtifactMismatch, BadRequest, UnreadableInput
 from galembed.pictures import confusion_figure, mosaic, neighbours_figure, rgb, save_figure
 from galembed.probes import ClassScore, ProbeReport
 from galembed.runtimes import open_runtime
+from galembed.store.images import embed_image
 from tests.galembed.stores import CONTRACT, make_store, rows
 
 IMAGE = np.zeros((8, 8, 3), np.uint8)

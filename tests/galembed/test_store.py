@@ -9,14 +9,16 @@ import pyarrow as pa
 import pytest
 from astropy import units as u
 from astropy.coordinates import SkyCoord
+from click.testing import CliRunner
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import galembed
+from galembed.commands import search
 from galembed.errors import ArtifactMismatch, ArtifactNotFound, BadRequest
 from galembed.search import Hits
 from galembed.sky import separation_arcsec
-from galembed.store import open_store
+from galembed.store import images, open_store
 from galembed.store.index import build_index
 from galembed.store.lease import Lease
 from tests.galembed.stores import CONTRACT, DIM, failed, make_store, rows
@@ -318,6 +320,170 @@ def test_whole_sky_cone_leaves_out_sources_without_position(sky):
 def test_impossible_cone_is_refused(store, cone):
     with pytest.raises(BadRequest, match="a cone"):
         store.similar("legacy-7", cone=cone)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    ra=st.one_of(st.floats(-2, 2), st.floats(0, 360)),
+    width=st.one_of(st.floats(0, 3), st.floats(0, 360)),
+    dec=st.one_of(st.floats(-90, -88), st.floats(88, 90), st.floats(-1.5, 1.5)),
+    height=st.one_of(st.floats(0, 1), st.floats(0, 180)),
+)
+@example(ra=0.0, width=360.0, dec=-90.0, height=180.0)
+@example(ra=359.5, width=1.0, dec=-1.0, height=2.0)
+@example(ra=10.0, width=355.0, dec=89.0, height=1.0)
+def test_box_finds_what_brute_force_finds(sky, ra, width, dec, height):
+    data, store = sky
+    top = min(dec + height, 90.0)
+    first, last = ra % 360, (ra + width) % 360
+    east = (data["ra"] >= first) & (data["ra"] <= last)
+    if first > last:
+        east = (data["ra"] >= first) | (data["ra"] <= last)
+    inside = (east if width < 360 else np.isfinite(data["ra"])) & (data["dec"] >= dec) & (data["dec"] <= top)
+    hits = store.similar(data["vector"][0], k=305, box=(ra, ra + width, dec, top))
+    assert list(hits["source_id"]) == nearest(data, data["vector"][0], 305, inside)
+
+
+def test_box_across_ra_0_may_be_written_either_way(sky):
+    data, store = sky
+    one, other = (store.similar(data["vector"][0], k=305, box=box) for box in ((359, 1, -2, 2), (-1, 1, -2, 2)))
+    assert len(one) == 100
+    assert list(one["source_id"]) == list(other["source_id"])
+
+
+def test_box_takes_right_ascensions_beyond_0_and_360(tmp_path):
+    store = make_store(tmp_path / "s", rows(4, ra=[-1.0, 359.0, 2.0, 360.0], dec=[0.0] * 4))
+    found = store.similar("legacy-2", box=(358, 1, -1, 1))
+    assert sorted(found["source_id"]) == ["legacy-0", "legacy-1", "legacy-3"]
+
+
+@pytest.mark.parametrize("box", [(1, 2, 3), (1, 2, 4, 3), (1, 2, -91, 3), (np.inf, 2, 3, 4), ("a", 2, 3, 4), 7])
+def test_impossible_box_is_refused(store, box):
+    with pytest.raises(BadRequest, match="a box"):
+        store.similar("legacy-7", box=box)
+
+
+def test_unlike_searches_along_the_difference(store, data):
+    hits = store.similar("legacy-7", k=20, unlike=["legacy-8", "legacy-9"], where="survey = 'legacy'")
+    away = data["vector"][8] + data["vector"][9]
+    wanted = data["vector"][7] - away / np.linalg.norm(away)
+    mask = ~np.isin(np.arange(400), [7, 8, 9])
+    assert list(hits["source_id"]) == nearest(data, wanted, 20, mask)
+    assert hits.meta["unlike"] == ["legacy:legacy-8", "legacy:legacy-9"]
+    assert hits["similarity"][0] == pytest.approx(
+        data["vector"][data["source_id"].index(hits["source_id"][0])] @ wanted / np.linalg.norm(wanted), abs=1e-6
+    )
+
+
+def test_unlike_itself_is_refused(store):
+    with pytest.raises(BadRequest, match="same direction"):
+        store.similar("legacy-7", unlike="legacy-7")
+
+
+def test_excluded_sources_make_room_for_others(store):
+    hits = store.similar("legacy-7", k=6)
+    again = store.similar("legacy-7", k=4, exclude=hits[:2])
+    assert list(again["source_id"]) == list(hits["source_id"][2:])
+
+
+@pytest.fixture(scope="module")
+def twice(tmp_path_factory):
+    """The same sky in two surveys, 0.5 arcsec apart; the last source has no position."""
+    ours = rows(40, seed=8)
+    ours["ra"][-1] = ours["dec"][-1] = np.nan
+    theirs = rows(40, seed=8, survey="hsc") | {"ra": ours["ra"], "dec": ours["dec"] - 0.5 / 3600}
+    return make_store(tmp_path_factory.mktemp("twice") / "s", ours, theirs)
+
+
+def test_sources_at_the_same_place_are_left_out(twice):
+    ids = [f"legacy-{n}" for n in range(3)]
+    assert "hsc-0" in twice.similar(ids, k=80)["source_id"]
+    hits = twice.similar(ids, k=80, exclude_within=1)
+    assert not {"hsc-0", "hsc-1", "hsc-2"} & set(hits["source_id"])
+    assert len(hits) == 74
+    assert len(twice.similar(ids, k=80, exclude_within=0.1)) == 77
+
+
+def test_source_without_position_has_nothing_near_it(twice):
+    assert len(twice.similar("legacy-39", k=80, exclude_within=1)) == 79
+
+
+def test_vector_has_no_place_to_keep_away_from(twice):
+    with pytest.raises(BadRequest, match="exclude_within needs sources"):
+        twice.similar(np.ones(DIM), exclude_within=1)
+
+
+def test_command_takes_what_similar_takes(twice):
+    words = ["--id", "legacy-0", "--unlike", "legacy-5", "--box", "0", "360", "-90", "90", "--exclude-within", "1"]
+    result = CliRunner().invoke(search, [twice.path, *words, "-k", "80"])
+    assert result.exit_code == 0, result.output
+    assert "hsc-5" in result.output
+    assert "hsc-0 " not in result.output
+    rows_shown = len(result.output.splitlines()) - 3
+    assert rows_shown == 80 - 5  # the query, the same place in hsc, legacy-5, and two without a position
+
+
+def test_path_is_an_image_and_text_is_an_id(store, data, tmp_path, monkeypatch):
+    with pytest.raises(ArtifactNotFound, match="/nowhere/backbone"):
+        store.similar(tmp_path / "x.png")
+    with pytest.raises(BadRequest, match="no source"):
+        store.similar(str(tmp_path / "x.png"))
+    monkeypatch.setattr(images, "embed_image", lambda asked, file: data["vector"][7])
+    assert store.similar(tmp_path / "x.png", k=1)["source_id"][0] == "legacy-7"
+
+
+def test_many_queries_find_what_single_ones_find(store):
+    ids = [f"legacy-{n}" for n in (5, 9, 5, 300)]
+    asked = {"k": 7, "where": "mag_r < 20", "box": (0, 300, -80, 80)}
+    hits = store.similar_to_each(ids, **asked)
+    assert hits.colnames[:3] == ["query", "similarity", "distance"]
+    assert hits.meta["query"] == [f"legacy:{name}" for name in ids]
+    for number, name in enumerate(ids):
+        mine = hits[hits["query"] == number]
+        single = store.similar(name, **asked)
+        assert list(mine["source_id"]) == list(single["source_id"])
+        np.testing.assert_allclose(mine["distance"], single["distance"], atol=1e-6)
+        np.testing.assert_array_equal(mine["mag_r"], single["mag_r"])
+
+
+def test_many_vectors_and_rows_find_what_single_ones_find(store, data):
+    vectors = 3 * data["vector"][:300]
+    hits = store.similar_to_each(vectors, k=3)
+    assert list(hits["query"]) == list(np.repeat(np.arange(300), 3))
+    assert [hits["source_id"][3 * n] for n in range(300)] == data["source_id"][:300]
+    again = store.similar_to_each(hits[:2], k=3)
+    assert list(again["source_id"][:3]) == list(store.similar(hits[0], k=3)["source_id"])
+
+
+def test_many_queries_use_the_index(tmp_path):
+    store = make_store(tmp_path / "s", rows(700))
+    build_index(store, "hnsw")
+    ids = [f"legacy-{n}" for n in range(257)]  # LanceDB is asked in batches of 256, and answers one otherwise
+    hits = store.similar_to_each(ids, k=4, where="mag_r < 19")
+    assert len(hits) == 4 * 257
+    for number in (0, 255, 256):
+        mine = hits["source_id"][hits["query"] == number]
+        assert list(mine) == list(store.similar(ids[number], k=4, where="mag_r < 19")["source_id"])
+
+
+def test_many_queries_with_fewer_rows_than_asked(store):
+    assert len(store.similar_to_each(["hsc-5", "hsc-6"], k=1000, where="survey = 'hsc'")) == 58
+    assert len(store.similar_to_each(["hsc-5", "hsc-6"], where="mag_r < 0")) == 0
+
+
+@pytest.mark.parametrize(
+    ("to", "message"),
+    [
+        (np.ones(DIM), r"shape \(n, 16\)"),
+        (np.ones((2, DIM + 1)), "vectors have 16 numbers"),
+        (np.zeros((0, DIM)), "n >= 1"),
+        (["legacy-7777"], "no source 'legacy-7777'"),
+        ("legacy-7", "got str"),
+    ],
+)
+def test_unfit_queries_are_refused(store, to, message):
+    with pytest.raises(BadRequest, match=message):
+        store.similar_to_each(to)
 
 
 def test_an_index_gives_as_many_hits_as_are_asked_for(tmp_path):
