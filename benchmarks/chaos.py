@@ -408,10 +408,10 @@ def lost_scheduler(jobs: Sequence[Job], folder: Path, tally: Tally, rng: np.rand
         shutil.rmtree(store, ignore_errors=True)
         with Cluster(folder / "dask", environment=job.environment) as cluster:
             process = job.start(store, log, "--scheduler", cluster.address)
-            _, due = event(store, rng)
-            while process.poll() is None and not due():
+            goal = int(rng.integers(1, 6))
+            while process.poll() is None and count(store / "embeddings.lance" / "data") < goal:
                 time.sleep(0.003)
-            reached = phase(store, process.pid, len(job.alone.embedded))
+            reached = phase(store, process.pid, len(job.alone.embedded)) if process.poll() is None else "done"
             kill(cluster.scheduler.pid)
             ending = end_of(process, log)
             if ending is not None and ("Traceback" in ending or "scheduler" not in ending):
@@ -441,13 +441,14 @@ def replaced_files(jobs: Sequence[Job], folder: Path, tally: Tally, rng: np.rand
         here = Job(job.name, (str(copy), *job.words[1:]), job.environment)
         files = sorted(copy.glob("*.fits"))
         process = here.start(store, folder / "log", "--workers", "2")
-        goal = rng.uniform(0.2, 0.9) * job.cpu
+        goal = rng.uniform(0.1, 0.5) * job.cpu
         turned = 0
         for at in rng.choice(len(files), 30, replace=False):
             while process.poll() is None and sum(map(cpu_seconds, family(process.pid))) < goal:
                 time.sleep(0.01)
             goal += 0.02 * job.cpu
-            with contextlib.suppress(OSError), fits.open(files[at]) as opened:  # some are damaged
+            # Some are damaged.
+            with contextlib.suppress(OSError, TypeError, ValueError), fits.open(files[at]) as opened:
                 new = files[at].with_name("new")
                 fits.writeto(new, opened[0].data[:, ::-1].copy(), opened[0].header, overwrite=True)
                 os.replace(new, files[at])

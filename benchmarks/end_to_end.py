@@ -260,7 +260,7 @@ def report(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]]
 
 def check_rivals(options: argparse.Namespace) -> None:
     """Export Hyrax's engine once."""
-    if options.hyrax_python and not list((options.work / "hyrax-results").glob("*train-like/*.onnx")):
+    if options.hyrax_python and not list((options.work / "hyrax-results").glob("*-onnx-*/model.onnx")):
         shutil.rmtree(options.work / "hyrax-results", ignore_errors=True)
         (options.work / "hyrax-results").mkdir()
         words: Sequence[Any] = (
