@@ -97,6 +97,7 @@ class Tally:
     seconds: list[float] = field(default_factory=list)
     endings: Counter[str] = field(default_factory=Counter)
     spared: int = 0
+    late: int = 0
     findings: list[str] = field(default_factory=list)
 
     def found(self, what: str) -> None:
@@ -284,6 +285,11 @@ def one_run(number: int, job: Job, folder: Path, cluster: Cluster | None, seed: 
         return False
     assert job.alone is not None
     found = differences(store, job.alone)
+    if any("orphan" in difference for difference in found):
+        # A worker whose nanny is gone may end its task after the job has ended; the next run is to clean up.
+        tally.late += 1
+        run_once(job, store, folder, *extra)
+        found = differences(store, job.alone)
     for difference in found:
         tally.found(f"{name}: {difference}, after {hits}")
     tally.hits.update(hits)
@@ -581,7 +587,7 @@ def report(options: argparse.Namespace, jobs: Sequence[Job], tally: Tally, said:
             f"Commands until done: {spread(tally.tries, 0)}; seconds: {spread(tally.seconds)}. "
             f"Ended by itself without being done: "
             + ("; ".join(f"{times} x {ending!r}" for ending, times in tally.endings.items()) or "never")
-            + "."
+            + f". Files that came after the end of the job, for one more run to remove: {tally.late}."
         )
     lines += ["\n".join(f"- {line}" for line in said)] if said else []
     lines.append(

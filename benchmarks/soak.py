@@ -5,7 +5,7 @@
 Half of the time one long job runs, with workers of its own, over a list that is longer than it can do; it is then
 interrupted as by Ctrl-C, and must commit and say so. In the other half one job after the other runs against the same
 scheduler and workers, each over a part of the list into a store of its own, and one store that all of them reach again.
-Every five seconds the memory (PSS) and the open files, sockets and pipes of each process are noted.
+The memory (PSS) and the open files, sockets and pipes of each process are noted 180 times in each half.
 
 Each process's curve after its first quarter is cut into ten pieces; a straight line through their medians gives the
 growth an hour with its 95% interval. Something grows where the whole interval lies above zero and the growth over the
@@ -34,7 +34,7 @@ from processes import GALEMBED, Cluster, Watch, table, workers_of
 from scale import ALONE, FOV, make_catalogue, make_material
 from scipy import stats
 
-EVERY = 5.0
+LOOKS = 180
 PIECES = 10
 SETTLING = 0.25
 
@@ -78,6 +78,11 @@ def growths(watch: Watch) -> dict[tuple[str, int], tuple[Growth, Growth]]:
     return found
 
 
+def every(seconds: float) -> float:
+    """Return how often to look."""
+    return seconds / LOOKS
+
+
 def words(work: Path, catalogue: Path, store: Path) -> list[str]:
     found = ["embed", work / "survey", "--catalogue", catalogue, "--store", store, "--backbone", work / "backbone"]
     return [*GALEMBED, *map(str, found), "--fov", f"{FOV}", "--runtime", "onnxruntime-cpu", "--quiet"]
@@ -87,16 +92,14 @@ def long_job(work: Path, seconds: float, rows: int) -> tuple[Watch, str]:
     """Run one job for so long, then interrupt it; return what was seen and said."""
     store = work / "store-long"
     shutil.rmtree(store, ignore_errors=True)
-    # As at a terminal: a shell's background jobs are born with it ignored.
     process = subprocess.Popen(
         [*words(work, make_catalogue(work, rows), store), "--workers", "2"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, **ALONE},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    with Watch(lambda: {"client": [process.pid], "worker": workers_of(process.pid)}, EVERY) as watch:
+    with Watch(lambda: {"client": [process.pid], "worker": workers_of(process.pid)}, every(seconds)) as watch:
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -121,7 +124,7 @@ def many_jobs(work: Path, seconds: float, rows: int) -> tuple[Watch, str]:
             return {"scheduler": [cluster.scheduler.pid], "nanny": nannies, "worker": cluster.worker_pids()}
 
         over = time.monotonic() + seconds
-        with Watch(roles, EVERY) as watch:
+        with Watch(roles, every(seconds)) as watch:
             while time.monotonic() < over:
                 again = jobs % 2
                 store = common if again else work / "store-once"
@@ -155,6 +158,8 @@ def main() -> None:
     options = parser.parse_args()
     options.work = options.work.resolve()
     options.work.mkdir(parents=True, exist_ok=True)
+    # As at a terminal: a shell's background jobs are born with it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     make_material(options.work)
     lines, growing = [f"`python {' '.join(sys.argv)}`"], []
     for what, (run, rows) in {
@@ -162,8 +167,11 @@ def main() -> None:
         "many jobs on one cluster": (many_jobs, options.job_rows),
     }.items():
         watch, said = run(options.work, options.minutes * 30, rows)
+        judged = growths(watch)
+        if not judged:
+            raise SystemExit(f"{what}: no process was seen for long enough; give more --minutes")
         cells = []
-        for (role, pid), (memory, open_files) in growths(watch).items():
+        for (role, pid), (memory, open_files) in judged.items():
             cells.append((role, memory, open_files))
             for name, found, least in (
                 ("memory", memory, options.most / 100 * memory.level),
