@@ -41,6 +41,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from processes import family, pss
 
 HERE = Path(__file__).resolve()
 ZOOBOT = HERE.with_name("zoobot_training.py")
@@ -243,32 +244,12 @@ def run(command: Sequence[str | Path]) -> dict[str, Any]:
     reader = threading.Thread(target=lambda: said.append(process.communicate()))
     reader.start()
     while reader.is_alive():
-        peak = max(peak, sum(map(resident_mib, family(process.pid))))
+        peak = max(peak, sum(map(pss, family(process.pid))))
         reader.join(0.5)
     out, errors = said[0]
     if process.returncode:
         raise SystemExit(f"{' '.join(words)} failed:\n{errors[-3000:]}")
     return dict(json.loads(out.splitlines()[-1])) | {"peak_mib": peak}
-
-
-def family(pid: int) -> list[int]:
-    """Return a process and all its descendants."""
-    found = [pid]
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            children = [int(child) for child in task.read_text().split()]
-        except OSError:
-            continue
-        found += [member for child in children for member in family(child)]
-    return found
-
-
-def resident_mib(pid: int) -> float:
-    try:
-        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    except OSError:  # it has just ended
-        return 0.0
-    return sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")) / 1024
 
 
 def commands(options: argparse.Namespace, what: str, out: Path) -> dict[str, list[str | Path]]:

@@ -25,11 +25,10 @@ from catalogue_jobs.report import JobReport, bound_by
 from catalogue_jobs.signals import uninterrupted
 from catalogue_jobs.worker import Result
 from galembed.errors import BadRequest
-from galembed.store import JOB_FILE
 from galembed.store.commit import Finished, commit
 from galembed.store.keys import KEY, joined_key
 from galembed.store.lease import Lease
-from galembed.store.places import join, write_json
+from galembed.store.places import JOB_FILE, join, write_json
 
 COMMIT_ROWS: Final = 20_000
 COMMIT_SECONDS: Final = 20.0

@@ -118,18 +118,22 @@ def outstanding(
     none = table.select(list(KEY)).slice(0, 0)
     if stored is None:
         return Outstanding(table, len(table), 0, 0, none, 0, none, rejected)
-    embedded = pc.is_in(key, value_set=joined_key(stored.embedded))
+    embedded_key, failed_key = joined_key(stored.embedded), joined_key(stored.failed)
     # What the list rejected once and accepts now was never tried.
-    tried = stored.failed.filter(pc.not_equal(stored.failed["stage"], "list"))
-    failed = pc.and_not(pc.is_in(key, value_set=joined_key(tried)), embedded)
-    changed = pc.and_(embedded, _other_version(table, key, stored.embedded))
-    again = pc.and_(failed, pc.or_(_other_version(table, key, tried), pa.scalar(retry_failed)))
+    never = pc.equal(stored.failed["stage"], "list").combine_chunks()
+    at, tried = pc.index_in(key, value_set=embedded_key), pc.index_in(key, value_set=failed_key)
+    tried = pc.if_else(pc.fill_null(never.take(tried), False), pa.scalar(None, tried.type), tried)
+    embedded = at.is_valid()
+    failed = pc.and_not(tried.is_valid(), embedded)
+    changed = _other_version(table, stored.embedded, at)
+    again = pc.and_(failed, pc.or_(_other_version(table, stored.failed, tried), pa.scalar(retry_failed)))
     outdated = _count(changed) if keep_changed else 0
     if keep_changed:
         changed = pc.and_(changed, pa.scalar(False))
     embedded = pc.and_not(embedded, changed)
     failed = pc.and_not(failed, again)
-    known = pa.concat_arrays([joined_key(stored.embedded), joined_key(stored.failed)])
+    rejected_key = joined_key(rejected)
+    known = [pc.is_in(rejected_key, value_set=each) for each in (embedded_key, failed_key)]
     return Outstanding(
         table=table.filter(pc.invert(pc.or_(embedded, failed))),
         listed=len(table),
@@ -137,8 +141,11 @@ def outstanding(
         failed=_count(failed),
         changed=table.select(list(KEY)).filter(changed),
         outdated=outdated,
-        withdrawn=_withdrawn(stored, table, sources.rejected),
-        rejected=rejected.filter(pc.invert(pc.is_in(joined_key(rejected), value_set=known))),
+        withdrawn=pa.concat_tables(
+            _withdrawn(each, each_key, key, table, sources.rejected)
+            for each, each_key in ((stored.embedded, embedded_key), (stored.failed, failed_key))
+        ),
+        rejected=rejected.filter(pc.invert(pc.or_(*known))),
     )
 
 
@@ -305,19 +312,17 @@ def _failures_of_list(rejected: pa.Table) -> pa.Table:
     return conform(rejected, FAILURES)
 
 
-def _other_version(table: pa.Table, key: pa.Array, stored: pa.Table) -> pa.Array:
-    """Return which rows have another version in the store; false where either is unknown."""
-    at = pc.index_in(key, value_set=joined_key(stored))
+def _other_version(table: pa.Table, stored: pa.Table, at: pa.Array) -> pa.Array:
+    """Return which rows have another version in the store, where `at` finds them; false where either is unknown."""
     then = stored["source_version"].combine_chunks().take(at)
     return pc.fill_null(pc.not_equal(table["source_version"].combine_chunks(), then), False)
 
 
-def _withdrawn(stored: StoreKeys, table: pa.Table, rejected: pa.Table) -> pa.Table:
+def _withdrawn(stored: pa.Table, stored_key: pa.Array, key: pa.Array, table: pa.Table, rejected: pa.Table) -> pa.Table:
     """Return the keys of the store that are of one of the list's surveys, and not in the list."""
-    have = pa.concat_tables([stored.embedded.select(list(KEY)), stored.failed.select(list(KEY))])
-    have = have.filter(pc.is_in(have["survey"], value_set=pc.unique(table["survey"])))
-    listed = pa.concat_arrays([joined_key(table), joined_key(rejected)])
-    return have.filter(pc.invert(pc.is_in(joined_key(have), value_set=listed)))
+    ours = pc.is_in(stored["survey"], value_set=pc.unique(table["survey"])).combine_chunks()
+    listed = pc.or_(pc.is_in(stored_key, value_set=key), pc.is_in(stored_key, value_set=joined_key(rejected)))
+    return stored.select(list(KEY)).filter(pc.and_not(ours, listed))
 
 
 def _count(mask: Any) -> int:

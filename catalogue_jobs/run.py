@@ -264,7 +264,7 @@ def _run(account: Account, work: Work, scheduler: str | None, workers: int | Non
 def _work_off(client: Client, work: Work, table: pa.Table, parts: list[Partition], account: Account) -> None:
     """Keep a bounded number of partitions in flight until all are done; hand each result to the committer."""
     waiting = deque(parts)
-    flying: dict[Future, Partition] = {}
+    flying: dict[Future, tuple[Partition, pa.Table]] = {}
     completed = as_completed(loop=client.loop)
     run = uuid.uuid4().hex[:8]
 
@@ -272,28 +272,29 @@ def _work_off(client: Client, work: Work, table: pa.Table, parts: list[Partition
         limit = (1 + _QUEUED) * max(1, sum(client.nthreads().values()))
         while waiting and len(flying) < limit:
             part = waiting.popleft()
+            rows = rows_of(table, part)
             future = client.submit(
                 embed_task,
                 work,
                 part.name,
-                rows_of(table, part),
+                rows,
                 key=f"embed-{run}-{part.name}",
                 pure=False,
                 retries=0,
             )
-            flying[future] = part
+            flying[future] = part, rows
             completed.add(future)
 
     try:
         feed()
         for future in completed:
-            part = flying.pop(future)
+            part, rows = flying.pop(future)
             try:
                 result = future.result()
             except KilledWorker:
                 result = _after_death(part, table, waiting)
             if result is not None:
-                account.take(result, rows_of(table, part))
+                account.take(result, rows)
             feed()
     finally:
         client.cancel(list(flying))

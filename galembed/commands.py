@@ -6,14 +6,11 @@ Heavy imports are inside.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from galembed.options import COLUMNS, parse_bands, parse_pairs, recognised, source_options
-
-if TYPE_CHECKING:
-    from galembed.search import Hits
 
 _FILE = click.Path(path_type=Path)
 
@@ -180,6 +177,7 @@ def search(
     if sum((bool(ids), position is not None, image is not None)) != 1:
         raise click.UsageError("give one of --id, --position and --image: what to search for")
     from galembed.store import open_store
+    from galembed.tables import printed, write_table
 
     opened = open_store(store)
     hits = opened.similar(
@@ -192,9 +190,11 @@ def search(
         exclude_within=exclude_within,
         exact=exact,
     )
-    click.echo(_printed(hits) if len(hits) else "nothing found")
+    shown = hits.copy(copy_data=False)
+    shown.remove_column("distance")
+    click.echo(printed(shown) if len(hits) else "nothing found")
     if out is not None:
-        _write(hits, out)
+        write_table(hits, out)
         click.echo(f"{len(hits)} rows written to {out}")
     if plot is not None:
         hits.show(plot)
@@ -215,23 +215,3 @@ def _query(ids: tuple[str, ...], position: tuple[float, float] | None, image: Pa
         return SkyCoord(position[0] * u.deg, position[1] * u.deg)
     except ValueError as error:
         raise BadRequest(f"--position {position[0]} {position[1]} is not on the sky: {error}") from error
-
-
-def _printed(hits: Hits) -> str:
-    # On a copy: astropy's text writers would round by these formats too.
-    table = hits.copy()
-    table.remove_column("distance")
-    for name in table.colnames:
-        if table[name].dtype.kind == "f":
-            table[name].info.format = ".6f" if name in ("ra", "dec") else ".5g"
-    return "\n".join(table.pformat(max_lines=-1, max_width=-1, show_unit=True))
-
-
-def _write(hits: Hits, out: Path) -> None:
-    from galembed.errors import BadRequest
-
-    formats = {".vot": "votable", ".xml": "votable", ".csv": "ascii.csv"}
-    try:
-        hits.write(out, format=formats.get(out.suffix.lower()), overwrite=True)
-    except Exception as error:  # astropy's writers raise whatever their libraries do
-        raise BadRequest(f"the hits cannot be written to {out}: {str(error).strip().splitlines()[0]}") from error

@@ -58,6 +58,7 @@ def novel(
     from galembed.novelty import novel as find_novel
     from galembed.progress import stages
     from galembed.store import open_store
+    from galembed.tables import printed
 
     opened = open_store(store)
     with stages() as show:
@@ -73,7 +74,7 @@ def novel(
             seed=seed,
             show=show,
         )
-    click.echo(_printed(found))
+    click.echo(printed(found))
     click.echo(found.summary())
     if out is not None:
         _write(found, out)
@@ -114,6 +115,7 @@ def duplicates(
     from galembed.duplicates import duplicates as find_duplicates
     from galembed.progress import stages
     from galembed.store import open_store
+    from galembed.tables import printed
 
     asked = ctx.get_parameter_source("radius") is not click.core.ParameterSource.DEFAULT
     if similarity_only and asked:
@@ -131,7 +133,7 @@ def duplicates(
             show=show,
         )
     if len(found.members):
-        click.echo(_printed(found.members[:_SHOWN]))
+        click.echo(printed(found.members[:_SHOWN]))
     click.echo(str(found))
     if out is not None:
         _write(found.members, out)
@@ -198,21 +200,8 @@ def map(
     click.echo(f"map drawn in {out}{left_out}")
 
 
-def _printed(table: Table) -> str:
-    # On a copy: astropy's text writers would round by these formats too.
-    shown = table.copy()
-    for name in shown.colnames:
-        if shown[name].dtype.kind == "f":
-            shown[name].info.format = ".6f" if name in ("ra", "dec") else ".5g"
-    return "\n".join(shown.pformat(max_lines=-1, max_width=-1, show_unit=True))
-
-
 def _write(table: Table, out: Path) -> None:
-    from galembed.errors import BadRequest
+    from galembed.tables import write_table
 
-    formats = {".vot": "votable", ".xml": "votable", ".csv": "ascii.csv"}
-    try:
-        table.write(out, format=formats.get(out.suffix.lower()), overwrite=True)
-    except Exception as error:  # astropy's writers raise whatever their libraries do
-        raise BadRequest(f"the table cannot be written to {out}: {str(error).strip().splitlines()[0]}") from error
+    write_table(table, out)
     click.echo(f"{len(table):,} rows written to {out}")

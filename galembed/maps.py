@@ -273,7 +273,7 @@ def thumbnails_figure(placed: Map, store: Store) -> tuple[Figure, int]:
     missing : int
         Cells whose source could not be read; they stay empty.
     """
-    from galembed.pictures import _pictures
+    from galembed.pictures import pictures_of
 
     figure, axis = _axes(placed, inches=14)
     (left, right), (bottom, top) = _limits(placed.xy)
@@ -281,7 +281,7 @@ def thumbnails_figure(placed: Map, store: Store) -> tuple[Figure, int]:
     chosen, columns, lines = _middle_sources(placed.xy, left, bottom, step, int(np.ceil((top - bottom) / step)))
     keys = [tuple(key.values()) for key in take(store, placed.rows[chosen], ["survey", "source_id"]).to_pylist()]
     missing = 0
-    for picture, column, line in zip(_pictures(store, keys, None), columns, lines, strict=True):
+    for picture, column, line in zip(pictures_of(store, keys), columns, lines, strict=True):
         if isinstance(picture, str):
             missing += 1
             continue
@@ -306,9 +306,9 @@ def _middle_sources(
 
 
 def _axes(placed: Map, *, inches: float = 8) -> tuple[Figure, Axes]:
-    from galembed.pictures import _figure
+    from galembed.pictures import new_figure
 
-    figure = _figure(inches, 0.9 * inches)
+    figure = new_figure(inches, 0.9 * inches)
     axis = figure.subplots()
     names = [f"component {number} ({share:.1%} of the variance)" for number, share in enumerate(placed.shares, 1)]
     axis.set(xlabel=names[0] if names else "UMAP 1", ylabel=names[1] if names else "UMAP 2", aspect="equal")

@@ -27,6 +27,7 @@ def migrate(
     same command finishes.
     """
     from galembed.migration import compare_stores, finish_switch, switch_stores
+    from galembed.tables import write_text
 
     if len(probes) != len(outs):
         raise click.UsageError(f"give one --out for each --probe; got {len(probes)} and {len(outs)}")
@@ -35,8 +36,6 @@ def migrate(
         return
     text = str(compare_stores(old, new, list(zip(probes, outs, strict=True)), seed=seed))
     click.echo(text)
-    if report is not None:
-        report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text(f"{text}\n", encoding="utf-8")
+    write_text(text, report)
     if switch:
         click.echo(switch_stores(old, new))

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from galembed.errors import ArtifactMismatch, BadRequest
 from galembed.files import is_url
+from galembed.neighbours import nearest_others
 from galembed.probes import Probe, Report, load_probe, refit_probe, save_probe
 from galembed.probes.reports import markdown_table
 from galembed.store import Store, matrix, open_store
@@ -254,7 +255,7 @@ def _overlap(before: Store, after: Store, shared: pa.Array, seed: int) -> Overla
     count = min(NEIGHBOURS, len(gallery) - 1)
     if count < 1:
         raise BadRequest("one source alone has no neighbours to compare; embed more")
-    old, new = (_nearest(_vectors(store, gallery), queries, count) for store in (before, after))
+    old, new = (nearest_others(_vectors(store, gallery), queries, count) for store in (before, after))
     shares = np.array([len(np.intersect1d(*pair)) / count for pair in zip(old, new, strict=True)])
     return Overlap(
         queries=len(queries),
@@ -276,19 +277,6 @@ def _vectors(store: Store, keys: pa.Array) -> NDArray[np.float32]:
         here = at.is_valid()
         vectors[at.filter(here).to_numpy()] = matrix(batch.column("vector").filter(here))
     return vectors
-
-
-def _nearest(vectors: NDArray[np.float32], queries: NDArray[np.intp], count: int) -> NDArray[np.intp]:
-    """Return the nearest other rows of each query by cosine, shape (query, count), nearest first."""
-    found = []
-    for at in range(0, len(queries), 100):
-        rows = queries[at : at + 100]
-        near = vectors[rows] @ vectors.T
-        near[np.arange(len(rows)), rows] = -np.inf
-        top = np.argpartition(-near, count - 1, axis=1)[:, :count]
-        order = np.argsort(-np.take_along_axis(near, top, axis=1), axis=1, kind="stable")
-        found.append(np.take_along_axis(top, order, axis=1))
-    return np.concatenate(found)
 
 
 def _refit(before: Store, after: Store, probe: Probe, shared: pa.Array, out: Path) -> Refitted:

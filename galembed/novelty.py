@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-from astropy.table import Column, Table
+from astropy.table import Column
 from numpy.typing import NDArray
 
 from galembed.errors import BadRequest
 from galembed.progress import Show
 from galembed.scans import BATCH, Sample, draw_sample, row_filter, row_numbers, scan, silent, take
-from galembed.search import HIT_COLUMNS, arrow_columns, check_cone
+from galembed.search import HIT_COLUMNS, Pictured, arrow_columns, check_cone
 from galembed.store import Store, matrix, open_store
+from galembed.store.nearest import nearest_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,7 +36,7 @@ Rows = NDArray[np.uint64]
 _Score = Callable[[Vectors, Rows], NDArray[np.float32]]
 
 
-class Novel(Table):  # type: ignore[misc]  # astropy has no types
+class Novel(Pictured):
     """What looks like little else in a store, oddest first: an astropy table.
 
     Columns: `score`, `survey`, `source_id`, `ra` and `dec` (deg), `fov` (arcsec), `flags` (words of
@@ -47,45 +47,13 @@ class Novel(Table):  # type: ignore[misc]  # astropy has no types
     score of random sources, for comparison) and `at_most` (see `novel`).
     """
 
-    def show(self, file: str | Path | None = None, columns: Sequence[str] = ()) -> Figure:
-        """Draw the sources with their scores and flags.
+    def _drawn(self, columns: Sequence[str]) -> Figure:
+        """Draw the sources with their scores and flags."""
+        from galembed.pictures import mosaic, pictures_of, titles
 
-        Parameters
-        ----------
-        file : str or Path, optional
-            Where to save the picture; the suffix (.png, .pdf, ...) gives the format.
-        columns : sequence of str
-            Columns of this table to write under each picture.
-
-        Returns
-        -------
-        matplotlib.figure.Figure
-
-        Raises
-        ------
-        BadRequest
-            If one of `columns` is not here, or `file` has a suffix that matplotlib does not write.
-        """
-        from galembed.pictures import _pictures, _value, mosaic, save_figure
-
-        unknown = [name for name in columns if name not in self.colnames]
-        if unknown:
-            raise BadRequest(f"the table has no column {unknown[0]!r}; it has {', '.join(self.colnames)}")
         keys = [(str(survey), str(source_id)) for survey, source_id in self.iterrows("survey", "source_id")]
-        titles = [
-            "\n".join(
-                [
-                    f"{row['score']:.3f}",
-                    *([str(row["flags"])] if row["flags"] else []),
-                    *(_value(row[name]) for name in columns),
-                ]
-            )
-            for row in self
-        ]
-        figure = mosaic(_pictures(open_store(self.meta["store"]), keys, None), titles)
-        if file is not None:
-            save_figure(figure, file)
-        return figure
+        heads = ["\n".join(filter(None, (f"{row['score']:.3f}", str(row["flags"])))) for row in self]
+        return mosaic(pictures_of(open_store(self.meta["store"]), keys), titles(self, heads, columns))
 
     def summary(self) -> str:
         """Return what the scores mean, what is usual, and whether these are the highest of all."""
@@ -180,10 +148,8 @@ def novel(
             raise BadRequest(f"{name} must be at least 1, got {value}")
     if method not in METHODS:
         raise BadRequest(f"method {method!r} is unknown; choose one of {', '.join(METHODS)}")
-    names = list(dict.fromkeys([*HIT_COLUMNS, "flags", *(store.carried if columns is None else columns)]))
-    unknown = [name for name in names if name not in store.schema.names]
-    if unknown:
-        raise BadRequest(f"the store has no column {unknown[0]!r}; it has {', '.join(store.schema.names)}")
+    extra = store.carried if columns is None else store.known(columns)
+    names = list(dict.fromkeys([*HIT_COLUMNS, "flags", *extra]))
     tell = show or silent
     condition = row_filter(store, where, cone, unflagged=unflagged)
     sample = draw_sample(store, SAMPLE, seed=seed, condition=condition)
@@ -338,16 +304,11 @@ def _add_neighbours(found: Novel, store: Store, rows: Rows, count: int, conditio
 def _neighbours(store: Store, rows: Rows, count: int, condition: str | None) -> Rows:
     """Return the row numbers of the nearest neighbours, nearest first, shape (source, count)."""
     vectors = matrix(take(store, rows, ["vector"]).column("vector"))
-    best = np.full((len(rows), count), -np.inf, np.float32)
-    which = np.zeros((len(rows), count), np.uint64)
-    for batch in scan(store, ["vector"], condition):
-        others = row_numbers(batch)
-        near = np.concatenate([best, _similarities(vectors, rows, matrix(batch.column("vector")), others)], axis=1)
-        order = np.argpartition(-near, count - 1, axis=1)[:, :count]
-        old = np.take_along_axis(which, np.minimum(order, count - 1), 1)
-        which = np.where(order < count, old, others[np.maximum(order - count, 0)])
-        best = np.take_along_axis(near, order, 1)
-    return np.take_along_axis(which, np.argsort(-best, axis=1, kind="stable"), 1)
+    near, _ = nearest_rows(store.table, vectors, count + 1, condition)
+    # A source comes first among its twins, or not at all where there are more of them than asked for.
+    own = near == rows[:, None]
+    own[~own.any(axis=1), -1] = True
+    return np.asarray(near[~own].reshape(len(rows), count))
 
 
 # ------------------------------------------------------------------------------------------------ isolation forest

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+from astropy.table import Table
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -103,7 +104,7 @@ def neighbours_figure(searches: Sequence[Hits], *, columns: Sequence[str] = (), 
         line = axes[row * width : (row + 1) * width]
         queries = _pictures_of_query(hits, mapping)[:1] or ["a vector"]
         key = hits.meta["query"][0].partition(":")[2] if hits.meta.get("query") else ""
-        _draw(line[0], queries[0], _shortened(key) or "query")
+        _draw(line[0], queries[0], shortened(key) or "query")
         _frame(line[0])
         for axis, image, title in zip(line[1:], _pictures_of_hits(hits, mapping), _titles(hits, columns), strict=False):
             _draw(axis, image, title)
@@ -117,7 +118,7 @@ def confusion_figure(report: ProbeReport) -> Figure:
     counts = np.array(report.confusion)
     names = [score.name for score in report.scores]
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    figure = _figure(2 + 0.7 * len(names), 1.6 + 0.6 * len(names))
+    figure = new_figure(2 + 0.7 * len(names), 1.6 + 0.6 * len(names))
     axis = figure.subplots()
     axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for (row, column), count in np.ndenumerate(counts):
@@ -166,12 +167,12 @@ def rgb(pixels: NDArray[Any], mapping: FluxMapping = LEGACY_DR2) -> NDArray[Any]
 
 def _pictures_of_query(hits: Hits, mapping: str | None) -> list[Picture]:
     keys = [(survey, source_id) for survey, _, source_id in (key.partition(":") for key in hits.meta.get("query", []))]
-    return _pictures(_store_of(hits), keys, mapping) if keys else []
+    return pictures_of(_store_of(hits), keys, mapping) if keys else []
 
 
 def _pictures_of_hits(hits: Hits, mapping: str | None) -> list[Picture]:
     keys = list(zip(map(str, hits["survey"]), map(str, hits["source_id"]), strict=True))
-    return _pictures(_store_of(hits), keys, mapping)
+    return pictures_of(_store_of(hits), keys, mapping)
 
 
 def _store_of(hits: Hits) -> Store:
@@ -180,7 +181,20 @@ def _store_of(hits: Hits) -> Store:
     return open_store(hits.meta["store"])
 
 
-def _pictures(store: Store, keys: list[tuple[str, str]], name: str | None) -> list[Picture]:
+def pictures_of(store: Store, keys: list[tuple[str, str]], name: str | None = None) -> list[Picture]:
+    """Return the picture of each source, or why there is none, cut again from the files that the store names.
+
+    Parameters
+    ----------
+    store : Store
+    keys : list of (survey, source_id)
+    name : str, optional
+        Of a mapping; the backbone's own unless given.
+
+    Returns
+    -------
+    list of ndarray, shape (y, x, 3), or str
+    """
     mapping = named_mapping(name) if name else _mapping(store)
     rows = store.rows(keys, _PICTURE_COLUMNS)
     found = {
@@ -208,30 +222,43 @@ def _mapping(store: Store) -> FluxMapping:
 
 
 def _titles(hits: Hits, columns: Sequence[str]) -> list[str]:
-    unknown = [name for name in columns if name not in hits.colnames]
+    return titles(hits, [f"{similarity:.3f}" for similarity in hits["similarity"]], columns, "hits have")
+
+
+def titles(table: Table, heads: Sequence[str], columns: Sequence[str], what: str = "table has") -> list[str]:
+    """Return what stands over the picture of each row: its head, then its values of some columns.
+
+    Raises
+    ------
+    BadRequest
+        If the table has no such column.
+    """
+    unknown = [name for name in columns if name not in table.colnames]
     if unknown:
-        raise BadRequest(f"the hits have no column {unknown[0]!r}; they have {', '.join(hits.colnames)}")
-    return ["\n".join([f"{row['similarity']:.3f}", *(_value(row[name]) for name in columns)]) for row in hits]
+        raise BadRequest(f"the {what} no column {unknown[0]!r}, but {', '.join(table.colnames)}")
+    return ["\n".join([head, *(_value(row[name]) for name in columns)]) for head, row in zip(heads, table, strict=True)]
 
 
 def _value(value: Any) -> str:
     if np.ma.is_masked(value):
         return "-"
-    return f"{value:.4g}" if isinstance(value, np.floating) else _shortened(str(value))
+    return f"{value:.4g}" if isinstance(value, np.floating) else shortened(str(value))
 
 
-def _shortened(text: str, length: int = 22) -> str:
+def shortened(text: str, length: int = 22) -> str:
+    """Return the end of a text that is longer than `length`."""
     return text if len(text) <= length else "…" + text[1 - length :]
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure, inches, that no window shows."""
     figure = Figure(figsize=(width, height), layout="compressed")
     FigureCanvasAgg(figure)
     return figure
 
 
 def _grid(rows: int, columns: int) -> tuple[Figure, list[Axes]]:
-    figure = _figure(_INCHES * columns, (_INCHES + 0.25) * max(rows, 1))
+    figure = new_figure(_INCHES * columns, (_INCHES + 0.25) * max(rows, 1))
     axes = figure.subplots(max(rows, 1), columns, squeeze=False)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])

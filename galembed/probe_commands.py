@@ -7,11 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from galembed.errors import BadRequest
-
 if TYPE_CHECKING:
-    from astropy.table import Table
-
     from galembed.probes import Report
     from galembed.store import Store
 
@@ -159,10 +155,11 @@ def suggest(
     from galembed.probes import load_probe
     from galembed.probes import suggest as choose
     from galembed.store import open_store
+    from galembed.tables import write_table
 
     opened = open_store(store)
     table = choose(opened, load_probe(probe_path), count, by=by, where=where, seed=seed)
-    _write(table, out)
+    write_table(table, out)
     click.echo(f"{len(table)} sources to label in {out}")
     if plot is not None:
         from galembed.pictures import save_figure
@@ -199,15 +196,7 @@ def _tell(scores: Report, store: Store, report: Path | None, plot: Path | None, 
 
 
 def _tell_text(text: str, file: Path | None) -> None:
+    from galembed.tables import write_text
+
     click.echo(text)
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(f"{text}\n", encoding="utf-8")
-
-
-def _write(table: Table, out: Path) -> None:
-    formats = {".vot": "votable", ".xml": "votable", ".csv": "ascii.csv"}
-    try:
-        table.write(out, format=formats.get(out.suffix.lower()), overwrite=True)
-    except Exception as error:  # astropy's writers raise whatever their libraries do
-        raise BadRequest(f"the table cannot be written to {out}: {str(error).strip().splitlines()[0]}") from error
+    write_text(text, file)

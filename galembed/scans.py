@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from galembed.errors import BadRequest
 from galembed.labels import source_hashes
-from galembed.search import check_where, cone_filter
 from galembed.store import Store, matrix
+from galembed.store.nearest import take_rows
+from galembed.store.places import first_line
 
 ROW: Final = "_rowid"
 """Lance's number of a row, uint64: holds for as long as the store stays open."""
@@ -56,10 +57,8 @@ def row_filter(
     BadRequest
         If `where` or `cone` does not fit the store.
     """
-    parts = [f"({check_where(where, store.schema.names)})"] if where is not None else []
-    parts += [cone_filter(cone)] if cone is not None else []
-    parts += ["flags = ''"] if unflagged else []
-    return " AND ".join(parts) or None
+    parts = [store.condition(where, cone), "flags = ''" if unflagged else None]
+    return " AND ".join(filter(None, parts)) or None
 
 
 def scan(store: Store, columns: Sequence[str], condition: str | None = None) -> Iterator[pa.RecordBatch]:
@@ -76,8 +75,7 @@ def scan(store: Store, columns: Sequence[str], condition: str | None = None) -> 
     try:
         yield from query.to_batches(batch_size=BATCH)
     except (ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadRequest(f"the filter {condition!r} cannot be carried out: {reason}") from error
+        raise BadRequest(f"the filter {condition!r} cannot be carried out: {first_line(error)}") from error
 
 
 def row_numbers(batch: pa.RecordBatch) -> NDArray[np.uint64]:
@@ -93,15 +91,7 @@ def take(store: Store, rows: NDArray[np.uint64], columns: Sequence[str]) -> pa.T
     rows : ndarray, shape (n,), uint64
         As `scan` gave them; may repeat.
     """
-    schema = pa.schema([store.schema.field(name) for name in columns])
-    if not len(rows):
-        return schema.empty_table()
-    wanted = np.unique(rows)
-    found = store.table.take_row_ids(wanted.tolist()).select(list(columns)).with_row_id().to_arrow()
-    numbers = found.column(ROW).to_numpy()
-    order = np.argsort(numbers)
-    places = order[np.searchsorted(numbers, rows, sorter=order)]
-    return found.take(pa.array(places)).select(list(columns)).cast(schema)
+    return take_rows(store.table, store.schema, rows, columns)
 
 
 def draw_sample(store: Store, size: int, *, seed: int = 0, condition: str | None = None) -> Sample:

@@ -26,17 +26,11 @@ HIT_COLUMNS: Final = ("survey", "source_id", "ra", "dec", "fov")
 """Store columns of every hit; the carried columns follow."""
 
 
-class Hits(Table):  # type: ignore[misc]  # astropy has no types
-    """What a search found, nearest first: an astropy table.
-
-    Columns: `similarity` (cosine, 1 = the same direction), `distance` (1 - similarity), `survey`,
-    `source_id`, `ra` and `dec` (deg), `fov` (arcsec), then the store's carried columns with their units;
-    missing values are masked. `meta` holds `store` (its path), `query` and `unlike` (keys of the sources asked
-    about, empty for a vector), and `where`, `cone` and `box` as asked, or "".
-    """
+class Pictured(Table):  # type: ignore[misc]  # astropy has no types
+    """A table of a store's sources that can be looked at; `meta` holds `store`, its path."""
 
     def show(self, file: str | Path | None = None, columns: Sequence[str] = ()) -> Figure:
-        """Draw the hits, after the sources they were asked for.
+        """Draw the sources.
 
         Parameters
         ----------
@@ -54,12 +48,31 @@ class Hits(Table):  # type: ignore[misc]  # astropy has no types
         BadRequest
             If one of `columns` is not here, or `file` has a suffix that matplotlib does not write.
         """
-        from galembed.pictures import hits_figure, save_figure
+        from galembed.pictures import save_figure
 
-        figure = hits_figure(self, columns=columns)
+        figure = self._drawn(columns)
         if file is not None:
             save_figure(figure, file)
         return figure
+
+    def _drawn(self, columns: Sequence[str]) -> Figure:
+        raise NotImplementedError
+
+
+class Hits(Pictured):
+    """What a search found, nearest first: an astropy table.
+
+    Columns: `similarity` (cosine, 1 = the same direction), `distance` (1 - similarity), `survey`,
+    `source_id`, `ra` and `dec` (deg), `fov` (arcsec), then the store's carried columns with their units;
+    missing values are masked. `meta` holds `store` (its path), `query` and `unlike` (keys of the sources asked
+    about, empty for a vector), and `where`, `cone` and `box` as asked, or "".
+    """
+
+    def _drawn(self, columns: Sequence[str]) -> Figure:
+        """Draw the sources asked about, then the hits."""
+        from galembed.pictures import hits_figure
+
+        return hits_figure(self, columns=columns)
 
 
 def arrow_columns(table: pa.Table) -> list[Column]:

@@ -28,6 +28,8 @@ HEAVY = (
 FLOORS = {
     "galembed.errors": 0,
     "galembed.progress": 0,
+    "galembed.neighbours": 1,
+    "galembed.tables": 1,
     "galembed.hats": 1,
     "galembed.photometry": 1,
     "galembed.mappings": 2,

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from astropy.table import Table
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from galembed.pictures import _pictures, _shortened, confusion_figure, mosaic, save_figure
+from galembed.pictures import confusion_figure, mosaic, new_figure, pictures_of, save_figure, shortened
 from galembed.probes.reports import Mistake, NumberReport, ProbeReport, Report
 from galembed.probes.scores import Bin, Calibration
 from galembed.store import Store
@@ -83,7 +82,7 @@ def scatter_figure(report: NumberReport) -> Figure:
     """Return predicted against given numbers, a panel for each; at most 5,000 sources are drawn."""
     count = len(report.scores)
     across = min(count, _ACROSS)
-    figure = _figure(3.2 * across, 3.3 * -(-count // across))
+    figure = new_figure(3.2 * across, 3.3 * -(-count // across))
     axes = figure.subplots(-(-count // across), across, squeeze=False).ravel()
     step = -(-len(report.truth) // _DRAWN)
     for at, (axis, score) in enumerate(zip(axes, report.scores, strict=False)):
@@ -115,8 +114,8 @@ def curve_figure(report: Report) -> Figure:
 def mistakes_figure(store: Store, mistakes: Sequence[Mistake]) -> Figure:
     """Return pictures of mistakes; a frame says why where a source cannot be read any more."""
     keys = [(one.survey, one.source_id) for one in mistakes]
-    titles = [f"{_shortened(one.label)}\ncalled {_shortened(one.predicted)}\n{one.size:.3f}" for one in mistakes]
-    return mosaic(_pictures(store, keys, None), titles)
+    titles = [f"{shortened(one.label)}\ncalled {shortened(one.predicted)}\n{one.size:.3f}" for one in mistakes]
+    return mosaic(pictures_of(store, keys), titles)
 
 
 def suggestions_figure(store: Store, table: Table) -> Figure:
@@ -124,15 +123,9 @@ def suggestions_figure(store: Store, table: Table) -> Figure:
     keys = [(str(row["survey"]), str(row["source_id"])) for row in table]
     guesses = table["predicted"] if "predicted" in table.colnames else [""] * len(table)
     titles = [f"{guess}\n{value:.3f}" for guess, value in zip(guesses, table["uncertainty"], strict=True)]
-    return mosaic(_pictures(store, keys, None), titles)
+    return mosaic(pictures_of(store, keys), titles)
 
 
 def _panel() -> tuple[Figure, Axes]:
-    figure = _figure(4.2, 3.6)
+    figure = new_figure(4.2, 3.6)
     return figure, figure.subplots()
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="compressed")
-    FigureCanvasAgg(figure)
-    return figure

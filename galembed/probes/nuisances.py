@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from galembed.errors import BadRequest
 from galembed.labels import CLASSIFICATION, REGRESSION
 from galembed.linear import Folds, apart, equal_rows, make_folds, ridge_path, sky_cells
+from galembed.neighbours import nearest_others
 from galembed.probes.reports import markdown_table
 from galembed.probes.scores import outputs
 from galembed.probes.tasks import Task, choose_strength
@@ -265,12 +266,7 @@ def _neighbours(vectors: NDArray[np.float32], seed: int) -> tuple[NDArray[np.int
     """Return some rows, and the nearest others of each, shape (query, neighbour)."""
     count = min(NEIGHBOURS, len(vectors) - 1)
     queries = np.random.default_rng(seed).permutation(len(vectors))[:_QUERIES]
-    nearest = []
-    for at in range(0, len(queries), 256):
-        near = vectors[queries[at : at + 256]] @ vectors.T
-        near[np.arange(len(near)), queries[at : at + 256]] = -np.inf
-        nearest.append(np.argpartition(-near, count - 1, axis=1)[:, :count])
-    return queries, np.concatenate(nearest)
+    return queries, nearest_others(vectors, queries, count)
 
 
 def _nearness(

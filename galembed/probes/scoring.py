@@ -222,9 +222,7 @@ def _class_mistakes(
 def _number_mistakes(labelled: Labelled, task: Task, numbers: Floats) -> tuple[Mistake, ...]:
     off = np.abs(numbers - task.truth).sum(axis=1) / (1 if task.kind == REGRESSION else 2)
     order = np.argsort(-off, kind="stable")[:MISTAKES]
-    label, call = (
-        [" ".join(f"{value:.3g}" for value in values[row]) for row in order] for values in (task.truth, numbers)
-    )
+    label, call = ([_text(values[row]) for row in order] for values in (task.truth, numbers))
     return _listed(labelled, order, label, call, off)
 
 

@@ -38,17 +38,14 @@ from galembed.search import (
     unit_vector,
 )
 from galembed.sky import separation_arcsec
-from galembed.store.jobs import job_text, worker_lines
+from galembed.store.keys import joined_key
 from galembed.store.lease import writer
-from galembed.store.places import first_line, join, read_json, resolve, storage_options
-
-EMBEDDINGS_TABLE: Final = "embeddings"
-FAILURES_TABLE: Final = "failures"
-JOB_FILE: Final = "job.json"
-"""Account of the last embedding job, beside the tables."""
-
-SEARCH_FILE: Final = "search.json"
-"""How the vector index is searched and what was measured so, beside the tables."""
+from galembed.store.nearest import IndexSearch, nearest_rows, query_numbers, take_rows, vector_query
+from galembed.store.nearest import matrix as matrix
+from galembed.store.places import EMBEDDINGS_TABLE as EMBEDDINGS_TABLE
+from galembed.store.places import FAILURES_TABLE as FAILURES_TABLE
+from galembed.store.places import JOB_FILE, SEARCH_FILE, first_line, join, read_json, resolve, storage_options
+from galembed.store.status import Status
 
 POSITION_TOLERANCE_ARCSEC: Final = 5.0
 """How far the source may lie from a position that is asked about."""
@@ -89,149 +86,6 @@ def open_store(path: str | Path) -> Store:
     except (ValueError, OSError, RuntimeError) as error:
         raise ArtifactNotFound(f"no store can be opened at {uri}: {first_line(error)}; {advice}") from error
     return Store(uri, StoreContract.from_schema(table.schema), table.schema, table)
-
-
-@dataclass(frozen=True)
-class IndexSearch:
-    """How a vector index is searched, and what that was measured to find.
-
-    Attributes
-    ----------
-    index : str
-        LanceDB's kind of index.
-    nprobes : int
-        Partitions looked into.
-    ef : int
-        Candidates that an HNSW graph keeps.
-    refine : int
-        Times as many candidates as hits are compared exactly.
-    target : float
-        The recall that was asked for; 0 if nothing was measured.
-    recall : float
-        Share of the true 10 nearest that were found.
-    recall_filtered : float, optional
-        The same with a filter.
-    passing : float
-        Share of the rows that passed that filter.
-    queries : int
-        Stored vectors that were asked about, themselves left out.
-    rows : int
-        Rows of the store then.
-    """
-
-    index: str
-    nprobes: int
-    ef: int
-    refine: int
-    target: float = 0.0
-    recall: float = 0.0
-    recall_filtered: float | None = None
-    passing: float = 0.0
-    queries: int = 0
-    rows: int = 0
-
-    @property
-    def met(self) -> bool:
-        """Whether what was measured reaches the target, with the filter too."""
-        return min(self.recall, self.recall if self.recall_filtered is None else self.recall_filtered) >= self.target
-
-    def __str__(self) -> str:
-        how = f"nprobes {self.nprobes}, ef {self.ef}, refine {self.refine}"
-        if not self.queries:
-            return how
-        text = f"recall@10 {self.recall:.3f}"
-        if self.recall_filtered is not None:
-            text += f", {self.recall_filtered:.3f} among {self.passing:.0%} of the rows"
-        text += f" ({self.queries} queries, {self.rows:,} rows; {how})"
-        return text if self.met else f"{text}, short of {self.target:g}"
-
-
-@dataclass(frozen=True)
-class Status:
-    """The state of a store; `str` gives it for reading.
-
-    Attributes
-    ----------
-    path : str
-    rows : int
-        Embedded sources.
-    dim : int
-        Length of the vectors.
-    failures : mapping of str to int
-        Sources without a vector, by reason.
-    contract : StoreContract
-    engines : mapping of str to int
-        Rows made by each engine.
-    partitions : int
-        Units of work among the rows.
-    index : str
-        Kind of vector index, or ``exact``.
-    unindexed : int
-        Rows that the vector index does not hold; they are searched exactly, which costs time.
-    job : mapping
-        Account of the last embedding job; empty if there is none.
-    writer : str, optional
-        The job that is writing it now.
-    carried : tuple of str
-        Catalogue columns.
-    predictions : tuple of str
-        Columns of predicted vote fractions and numbers.
-    flags : mapping of str to int
-        Rows with each warning about the picture (`galembed.quality.FLAGS`).
-    index_search : IndexSearch, optional
-        How the vector index is searched; None without one.
-    """
-
-    path: str
-    rows: int
-    dim: int
-    failures: Mapping[str, int]
-    contract: StoreContract
-    engines: Mapping[str, int]
-    partitions: int
-    index: str
-    unindexed: int
-    job: Mapping[str, Any] = field(default_factory=dict)
-    writer: str | None = None
-    carried: tuple[str, ...] = ()
-    predictions: tuple[str, ...] = ()
-    flags: Mapping[str, int] = field(default_factory=dict)
-    index_search: IndexSearch | None = None
-
-    def __str__(self) -> str:
-        contract = self.contract
-        bands = ", ".join(f"{role} = {band}" for role, band in contract.bands.items())
-        failed = ", ".join(f"{count:,} {reason}" for reason, count in self.failures.items())
-        index = self.index if self.index == "exact" else f"{self.index} ({self.unindexed:,} rows not in it)"
-        index += f"; {self.index_search}" if self.index_search else ""
-        head = f"{len(self.predictions)} predictions, from {self.predictions[0]}" if self.predictions else "none"
-        lines = {
-            "store": self.path,
-            "sources": f"{self.rows:,} in {self.partitions:,} partitions",
-            "failures": failed or "none",
-            "flagged": ", ".join(f"{count:,} {word}" for word, count in self.flags.items()) or "none",
-            "backbone": f"{contract.backbone} ({contract.embedding_id[:12]})",
-            "vectors": f"{self.dim} numbers, {contract.numeric_class}",
-            "input": ", ".join(
-                filter(
-                    None,
-                    (
-                        contract.input_kind,
-                        contract.survey.partition("#")[0],
-                        bands,
-                        contract.fov and f"field {contract.fov}",
-                    ),
-                )
-            ),
-            "columns": ", ".join(self.carried) or "none carried from a catalogue",
-            "head": head,
-            "engines": ", ".join(f"{name} ({count:,})" for name, count in self.engines.items()) or "none",
-            "search": index,
-            "last job": job_text(self.job, self.writer),
-        }
-        shown = [f"{name:<9} {text}" for name, text in lines.items()]
-        shown += [f"{'':<9} {line}" for line in (worker_lines(self.job) if self.writer else ())]
-        return "\n".join(shown)
 
 
 @dataclass(frozen=True)
@@ -278,6 +132,36 @@ class Store:
         """Columns of predicted vote fractions and numbers, with the answer that each is for."""
         return answers_of(self.schema)
 
+    def known(self, columns: Sequence[str]) -> list[str]:
+        """Return `columns`, all of which the store has.
+
+        Raises
+        ------
+        BadRequest
+            If it lacks one; the nearest names are given.
+        """
+        for name in columns:
+            if name not in self.schema.names:
+                near = difflib.get_close_matches(name, self.schema.names, n=3, cutoff=0.5)
+                hint = f"did you mean {', '.join(near)}?" if near else f"it has {', '.join(self.schema.names)}"
+                raise BadRequest(f"the store has no column {name!r}; {hint}")
+        return list(columns)
+
+    def condition(
+        self, where: str | None = None, cone: Sequence[float] | None = None, box: Sequence[float] | None = None
+    ) -> str | None:
+        """Return one SQL filter for what `similar` takes as three; None for all rows.
+
+        Raises
+        ------
+        BadRequest
+            If one of them does not fit the store.
+        """
+        parts = [f"({check_where(where, self.schema.names)})"] if where is not None else []
+        parts += [cone_filter(cone)] if cone is not None else []
+        parts += [box_filter(box)] if box is not None else []
+        return " AND ".join(parts) or None
+
     def batches(
         self, columns: Sequence[str], where: str | None = None, *, batch_size: int = 8192
     ) -> Iterator[pa.RecordBatch]:
@@ -294,7 +178,7 @@ class Store:
         BadRequest
             If a column is not in the store, or `where` cannot be carried out.
         """
-        query = self.table.search().select(self._known(columns))
+        query = self.table.search().select(self.known(columns))
         if where is not None:
             query = query.where(check_where(where, self.schema.names))
         try:
@@ -348,12 +232,12 @@ class Store:
         """
         table = self._raw_failures()
         if table.num_rows:
-            keys = _joined_keys(table)
+            keys = joined_key(table)
             embedded = [
                 pc.filter(batch_keys, pc.is_in(batch_keys, value_set=keys))
-                for batch_keys in map(_joined_keys, self.batches(["survey", "source_id"]))
+                for batch_keys in map(joined_key, self.batches(["survey", "source_id"]))
             ]
-            done = pa.chunked_array(embedded, pa.string()).combine_chunks()
+            done = pa.chunked_array(embedded, keys.type).combine_chunks()
             table = table.filter(pc.invert(pc.is_in(keys, value_set=done)))
         return Table(arrow_columns(table), copy=False)
 
@@ -474,7 +358,7 @@ class Store:
             If an image cannot be read, or embedded as the store's were.
         """
         names = self._hit_names(k, columns)
-        condition = self._filter(where, cone, box)
+        condition = self.condition(where, cone, box)
         vector, keys = self._query(to)
         others: list[tuple[str, str]] = []
         if unlike is not None:
@@ -530,7 +414,7 @@ class Store:
             If an id, vector, filter, cone, box or a column does not fit the store.
         """
         names = self._hit_names(k, columns)
-        condition = self._filter(where, cone, box)
+        condition = self.condition(where, cone, box)
         vectors, keys = self._queries(to)
         own = np.array([":".join(key) for key in keys], object) if exclude_self and keys else None
         count = int(k) + (own is not None)
@@ -585,20 +469,14 @@ class Store:
         except (ValueError, RuntimeError) as error:
             raise _refused(where, error) from error
         query, place = np.nonzero(np.isfinite(distance))
-        schema = pa.schema([self.schema.field(name) for name in names])
-        wanted, position = np.unique(rows[query, place], return_inverse=True)
-        found = schema.empty_table()
-        if len(wanted):
-            taken = self.table.take_row_ids(wanted.tolist()).select(names).with_row_id().to_arrow()
-            order = np.argsort(taken.column("_rowid").to_numpy())
-            found = taken.take(pa.array(order[position])).select(names).cast(schema)
+        found = take_rows(self.table, self.schema, rows[query, place], names)
         found = found.append_column("_distance", pa.array(distance[query, place], pa.float32()))
         return found.append_column("query_index", pa.array(query, pa.int64()))
 
     def _hit_names(self, k: int, columns: Sequence[str] | None) -> list[str]:
         if not isinstance(k, numbers.Integral) or k < 1:
             raise BadRequest(f"k is how many sources to return, at least 1; got {k!r}")
-        extra = self.carried if columns is None else self._known(columns)
+        extra = self.carried if columns is None else self.known(columns)
         return list(dict.fromkeys([*HIT_COLUMNS, *extra]))
 
     def _hits(self, found: pa.Table, names: list[str], meta: Mapping[str, Any]) -> Hits:
@@ -610,14 +488,6 @@ class Store:
             hits.rename_column(name, f"catalogue_{name}")
         hits.add_columns([1 - distance, distance], indexes=[0, 0], names=["similarity", "distance"])
         return hits
-
-    def _filter(
-        self, where: str | None, cone: Sequence[float] | None, box: Sequence[float] | None = None
-    ) -> str | None:
-        parts = [f"({check_where(where, self.schema.names)})"] if where is not None else []
-        parts += [cone_filter(cone)] if cone is not None else []
-        parts += [box_filter(box)] if box is not None else []
-        return " AND ".join(parts) or None
 
     def _around(self, keys: Sequence[tuple[str, str]], radius: float) -> set[tuple[str, str]]:
         """Return the sources within `radius` arcsec of the positions of others."""
@@ -750,91 +620,6 @@ class Store:
         raise BadRequest(
             f"no source within {POSITION_TOLERANCE_ARCSEC:g} arcsec of ra {ra:.6f}, dec {dec:.6f}: {where}"
         )
-
-    def _known(self, columns: Sequence[str]) -> list[str]:
-        for name in columns:
-            if name not in self.schema.names:
-                near = difflib.get_close_matches(name, self.schema.names, n=3, cutoff=0.5)
-                hint = f"did you mean {', '.join(near)}?" if near else f"it has {', '.join(self.schema.names)}"
-                raise BadRequest(f"the store has no column {name!r}; {hint}")
-        return list(columns)
-
-
-def matrix(column: pa.ChunkedArray | pa.Array) -> NDArray[np.float32]:
-    """Return a fixed-size list column as an array, shape (n, dim), float32."""
-    values = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    flat = values.flatten().to_numpy(zero_copy_only=False)
-    return np.asarray(flat.reshape(-1, column.type.list_size), dtype=np.float32)
-
-
-def _joined_keys(table: pa.Table | pa.RecordBatch) -> pa.Array:
-    """Return survey and id as one string each; no name holds the separator."""
-    keys = pc.binary_join_element_wise(table.column("survey"), table.column("source_id"), "\x1f")
-    return keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
-
-
-def vector_query(
-    table: Any, vectors: NDArray[np.float32], count: int, condition: str | None, settings: IndexSearch | None
-) -> Any:
-    """Return LanceDB's query for the nearest rows to one vector or many; exact without `settings`."""
-    query = table.search(vectors, vector_column_name="vector").distance_type("cosine").limit(count)
-    if condition is not None:
-        query = query.where(condition, prefilter=True)
-    if settings is None:
-        return query.bypass_vector_index()
-    query = query.nprobes(settings.nprobes).refine_factor(settings.refine)
-    return query.ef(max(settings.ef, settings.refine * count))
-
-
-def query_numbers(found: pa.Table) -> NDArray[np.int64]:
-    """Return which of its vectors each row of a batch search is for; LanceDB does not say it for one vector."""
-    if "query_index" not in found.column_names:
-        return np.zeros(found.num_rows, np.int64)
-    return np.asarray(found.column("query_index").to_numpy(), np.int64)
-
-
-def nearest_rows(
-    table: Any, vectors: NDArray[np.float32], count: int, condition: str | None = None
-) -> tuple[NDArray[np.uint64], NDArray[np.float32]]:
-    """Return the nearest rows to each of many vectors by comparing with every row, in one pass.
-
-    Parameters
-    ----------
-    table : lancedb.table.Table
-    vectors : ndarray, shape (n, dim), float32
-        Unit norm.
-    count : int
-    condition : str, optional
-        SQL filter.
-
-    Returns
-    -------
-    rows : ndarray, shape (n, count), uint64
-        Lance's row numbers, nearest first.
-    distance : ndarray, shape (n, count), float32
-        1 - cosine; inf where fewer than `count` rows pass.
-    """
-    rows = np.zeros((len(vectors), count), np.uint64)
-    distance = np.full((len(vectors), count), np.inf, np.float32)
-    query = table.search().select(["vector"]).with_row_id(True)
-    if condition is not None:
-        query = query.where(condition)
-    for batch in query.to_batches(batch_size=4096):
-        block = matrix(batch.column("vector"))
-        block = block / np.linalg.norm(block, axis=1, keepdims=True)
-        numbers_here = np.asarray(batch.column("_rowid").to_numpy(), np.uint64)
-        for start in range(0, len(vectors), 1024):
-            part = slice(start, start + 1024)
-            here = 1 - vectors[part] @ block.T
-            if here.shape[1] > count:
-                best = np.argpartition(here, count - 1, axis=1)[:, :count]
-            else:
-                best = np.broadcast_to(np.arange(here.shape[1]), here.shape)
-            both = np.concatenate([distance[part], np.take_along_axis(here, best, axis=1)], axis=1)
-            order = np.argsort(both, axis=1, kind="stable")[:, :count]
-            distance[part] = np.take_along_axis(both, order, axis=1)
-            rows[part] = np.take_along_axis(np.concatenate([rows[part], numbers_here[best]], axis=1), order, axis=1)
-    return rows, distance
 
 
 def _best_of_each(found: pa.Table, k: int, own: NDArray[np.object_] | None) -> pa.Table:

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from galembed.errors import ArtifactNotFound
 from galembed.schemas import FAILURES
-from galembed.store import EMBEDDINGS_TABLE, FAILURES_TABLE, matrix
 from galembed.store.keys import KEY, UNIT_SEPARATOR, joined, joined_key, key_hashes, open_table, repeated_values
-from galembed.store.places import at_storage, file_system, first_line, is_folder
+from galembed.store.nearest import matrix
+from galembed.store.places import EMBEDDINGS_TABLE, FAILURES_TABLE, at_storage, file_system, first_line, is_folder
 
 UNIT_TOLERANCE: Final = 1e-3
 """How far the length of a vector may be from one; rounded to float16, it is off by 5e-4 at most."""

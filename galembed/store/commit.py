@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 
 from galembed.errors import ArtifactMismatch, ArtifactNotFound, SchemaMismatch
 from galembed.schemas import FAILURES, StoreContract, conform
-from galembed.store import EMBEDDINGS_TABLE, FAILURES_TABLE, JOB_FILE
 from galembed.store.keys import KEY as KEY
 from galembed.store.keys import StoreKeys as StoreKeys
 from galembed.store.keys import joined as joined
@@ -32,7 +31,16 @@ from galembed.store.keys import joined_key, open_table, present_in, repeated_row
 from galembed.store.keys import keys as keys
 from galembed.store.keys import present as present
 from galembed.store.lease import LEASE_FILE, LOCK_FILE, Lease
-from galembed.store.places import at_storage, file_system, is_folder, storage_options, table_uri
+from galembed.store.places import (
+    EMBEDDINGS_TABLE,
+    FAILURES_TABLE,
+    JOB_FILE,
+    at_storage,
+    file_system,
+    is_folder,
+    storage_options,
+    table_uri,
+)
 from galembed.store.places import write_json as write_json
 
 SMALL_FRAGMENTS: Final = 64

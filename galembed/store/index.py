@@ -13,17 +13,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from galembed.errors import BadRequest
-from galembed.store import (
-    EMBEDDINGS_TABLE,
-    SEARCH_FILE,
-    IndexSearch,
-    Store,
-    matrix,
-    nearest_rows,
-    query_numbers,
-    vector_query,
-)
-from galembed.store.places import join, storage_options, table_uri, write_json
+from galembed.store import Store
+from galembed.store.keys import open_table
+from galembed.store.nearest import IndexSearch, matrix, nearest_rows, query_numbers, vector_query
+from galembed.store.places import EMBEDDINGS_TABLE, SEARCH_FILE, join, write_json
 
 EXACT_BELOW: Final = 64_000_000
 """Numbers (rows x length of the vectors) below which a store is searched exactly: 100,000 rows of 640, a scan of
@@ -157,10 +150,7 @@ def _lacking(store: Store, kind: str) -> int | None:
 
 def _fold(store: Store) -> None:
     # LanceDB's own `optimize` would also merge files and remove old versions, which readers may have open.
-    import lance
-
-    place = table_uri(store.path, EMBEDDINGS_TABLE)
-    lance.dataset(place, storage_options=storage_options(store.path) or None).optimize.optimize_indices()
+    open_table(store.path, EMBEDDINGS_TABLE).optimize.optimize_indices()
     store.table.checkout_latest()
 
 

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import lance
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from galembed.schemas import FAILURES
-from galembed.store import EMBEDDINGS_TABLE, FAILURES_TABLE
-from galembed.store.places import at_storage, is_folder, storage_options, table_uri
+from galembed.store.places import EMBEDDINGS_TABLE, FAILURES_TABLE, at_storage, is_folder, storage_options, table_uri
 
 KEY: Final = ("survey", "source_id")
 
@@ -46,6 +44,8 @@ class StoreKeys:
 
 def open_table(store: str | Path, table: str) -> Any:
     """Return a table of a store as a Lance dataset of its newest version."""
+    import lance
+
     return lance.dataset(table_uri(store, table), storage_options=storage_options(store))
 
 

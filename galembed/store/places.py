@@ -19,6 +19,14 @@ import fsspec.config
 from galembed.errors import BadRequest, GalembedError, StorageError
 from galembed.files import is_url
 
+EMBEDDINGS_TABLE: Final = "embeddings"
+FAILURES_TABLE: Final = "failures"
+JOB_FILE: Final = "job.json"
+"""Account of the last embedding job, beside the tables."""
+
+SEARCH_FILE: Final = "search.json"
+"""How the vector index is searched and what was measured so, beside the tables."""
+
 _LIBRARIES: Final = {
     "s3": "galembed[s3]",
     "gs": "gcsfs",

@@ -262,10 +262,10 @@ def test_columns_choose_what_comes_back(store):
 @pytest.mark.parametrize("suffix", ["fits", "ecsv", "csv", "vot", "parquet"])
 def test_hits_are_written_by_astropy(store, tmp_path, suffix):
     from galembed.catalogues import read_table
-    from galembed.commands import _write
+    from galembed.tables import write_table
 
     hits = store.similar("legacy-7", k=8, where="mag_r < 20", cone=(1, 2, 600000))
-    _write(hits, tmp_path / f"hits.{suffix}")
+    write_table(hits, tmp_path / f"hits.{suffix}")
     back = read_table(tmp_path / f"hits.{suffix}")
     assert [str(key) for key in back["source_id"]] == list(hits["source_id"])
     np.testing.assert_array_equal(back["ra"], hits["ra"])
