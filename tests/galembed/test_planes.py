@@ -352,36 +352,41 @@ def test_threads_that_decompress_at_once_all_get_the_right_pixels(tmp_path: Path
 
 def test_the_first_dithered_plane_of_a_process_is_read_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """cfitsio fills its table of dithers at first use, and another thread would read it half filled."""
-    monkeypatch.setattr(planes, "_dithers_filled", threading.Event())
     path = tmp_path / "plane.fits"
     noise = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
     fits.CompImageHDU(noise, compression_type="RICE_1", quantize_method=1).writeto(path)
-    inside, most = [0], [0]
-    lock = threading.Lock()
+    section = fits.CompImageHDU.section.fget
+    inside, together = threading.Semaphore(1), threading.Barrier(2, timeout=30)
 
-    class Slow:
-        """Counts how many threads are in it at once."""
+    class Alone:
+        """Fails when a second thread comes in."""
 
         def __init__(self, hdu: fits.CompImageHDU) -> None:
             self.hdu = hdu
 
         def __getitem__(self, part: object) -> object:
-            with lock:
-                inside[0] += 1
-                most[0] = max(most[0], inside[0])
+            assert inside.acquire(blocking=False), "two threads fill the table"
             time.sleep(0.05)
-            with lock:
-                inside[0] -= 1
-            return self.hdu.data[part]
+            inside.release()
+            return section(self.hdu)[part]
 
-    monkeypatch.setattr(fits.CompImageHDU, "section", property(Slow))
+    class Together:
+        """Waits until two threads are in it."""
+
+        def __init__(self, hdu: fits.CompImageHDU) -> None:
+            self.hdu = hdu
+
+        def __getitem__(self, part: object) -> object:
+            together.wait()
+            return section(self.hdu)[part]
 
     def read(_: int) -> None:
         with fits.open(path) as file:
             Pixels(file[1], "plane").read()
 
     with ThreadPoolExecutor(2) as pool:
+        monkeypatch.setattr(planes, "_dithers_filled", threading.Event())
+        monkeypatch.setattr(fits.CompImageHDU, "section", property(Alone))
         list(pool.map(read, range(2)))
-        assert most == [1]
+        monkeypatch.setattr(fits.CompImageHDU, "section", property(Together))
         list(pool.map(read, range(2)))
-    assert most == [2]
