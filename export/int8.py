@@ -232,7 +232,8 @@ def shares(rows: Floats, weight: Floats) -> Floats:
     reach = np.maximum(np.quantile(np.abs(rows), 0.998, axis=0), 1e-6)
     largest = np.maximum(np.abs(weight).max(axis=0), 1e-9)
     truth = rows @ weight.T
-    best, least = np.ones_like(reach), np.inf
+    best: Floats = np.ones_like(reach, np.float32)
+    least = np.inf
     for share in (0.0, *_SHARES):
         factor = reach**share / largest ** (1 - share) if share else best
         factor = np.asarray(factor / np.exp(np.log(factor).mean()), np.float32)

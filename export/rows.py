@@ -13,13 +13,14 @@ class _Rows(nn.Linear):
     """A linear layer over whatever comes before the channels, taken together as rows."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
-        super().__init__(*reversed(layer.weight.flatten(1).shape), bias=layer.bias is not None)
+        wide, narrow = layer.weight.flatten(1).shape
+        super().__init__(narrow, wide, bias=layer.bias is not None)
         self.weight = nn.Parameter(layer.weight.detach().flatten(1))
         if layer.bias is not None:
-            self.bias = layer.bias
+            self.bias = nn.Parameter(layer.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        return super().forward(x.flatten(0, -2)).reshape(*x.shape[:-1], self.out_features)
 
 
 def with_rows(network: GalaxyNetwork) -> GalaxyNetwork:

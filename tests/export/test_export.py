@@ -75,8 +75,6 @@ def test_int8_is_smaller_and_says_how_it_was_calibrated(copy: Backbone, evidence
     int8 = exported(copy, "int8", evidence, ANYTHING)
     assert int8.megabytes < exported(copy, "fp32", evidence).megabytes
     settings = read_engine(copy.engines / "onnx-int8.json").settings
-    assert settings["calibration"] in ("minmax", "percentile", "entropy")
-    assert settings["calibration"] == max(settings["cosine_median_by_calibration"].items(), key=lambda pair: pair[1])[0]
     assert settings["calibration_images"] == 16
     assert 0.9 < int8.fidelity.cosine_p1 < 0.9999
 
@@ -101,7 +99,10 @@ def test_the_cheapest_layers_are_left_in_float32_first(copy: Backbone, evidence:
     costs.pop("norm")
     cheapest = sorted(costs, key=lambda name: costs[name])
     assert list(mixed.record.kept) == cheapest[: len(mixed.record.kept)]
-    assert set(mixed.sensitivity) == {"nothing", *costs}
+    assert list(mixed.tried) == [
+        "nothing",
+        *(" + ".join(cheapest[:count]) for count in range(1, len(mixed.record.kept) + 1)),
+    ]
     assert read_engine(copy.engines / "onnx-int8.json").kept == mixed.record.kept
 
 
