@@ -44,7 +44,7 @@ from galembed.runtimes import open_runtime
 from galembed.runtimes.batches import AUTO
 from galembed.schemas import SOURCES, StoreContract, embeddings_schema
 from galembed.sources import SourceReader
-from galembed.store.commit import Finished, prepare, prune, store_schema, tidy, upsert_failures
+from galembed.store.commit import Finished, prepare, prune, store_schema, sweep, tidy, upsert_failures
 from galembed.store.keys import keys
 from galembed.store.lease import Lease
 from galembed.store.places import resolve
@@ -149,8 +149,8 @@ def embed(
         withdrawn = todo.withdrawn if prune_withdrawn else todo.withdrawn.slice(0, 0)
         _check_prune(store, todo, withdrawn)
         if stored is not None and not any(map(len, (todo.table, todo.rejected, withdrawn))):
-            if stored.repeated:
-                tidy(store, lease)
+            # A worker that outlived its job may have ended its task, and left its file, after the job had tidied.
+            (tidy if stored.repeated else sweep)(store, lease)
             return account.report()
         schema = _schema(backbone, source, sources.table.schema, precision)
         _check_disk(store, todo.table, schema)

@@ -299,6 +299,18 @@ def tidy(store: str | Path, lease: Lease) -> int:
         small = sum(fragment.count_rows() < _SMALL_ROWS for fragment in dataset.get_fragments())
         if small >= SMALL_FRAGMENTS:
             dataset.optimize.compact_files(target_rows_per_fragment=_FRAGMENT_ROWS)
+    return sweep(store, lease)
+
+
+@at_storage
+def sweep(store: str | Path, lease: Lease) -> int:
+    """Remove orphan files; see `tidy`, also for when it may be called.
+
+    Returns
+    -------
+    int
+        Orphan files removed.
+    """
     with lease.fence():
         dataset = open_table(store, EMBEDDINGS_TABLE)
         plan = dataset.explain_cleanup_old_versions(delete_unverified=True, include_files=True, max_files=1_000_000)
