@@ -60,6 +60,13 @@ _QUEUED: Final = 2
 _DEATHS: Final = 2
 """Worker deaths that a partition may cause, beyond the first, before it is halved."""
 
+_OF_LOCAL_CLUSTERS: Final = {
+    "distributed.scheduler.allowed-failures": _DEATHS,
+    # What Dask keeps for its developers grows for hours: a profile of each second, and all messages, rows and all.
+    "distributed.worker.profile.enabled": False,
+    "distributed.admin.low-level-log-length": 20,
+}
+
 _SMALLEST_PARTITION: Final = 64
 """A small job is cut finer than asked, down to this, so that every worker has some of it."""
 
@@ -334,7 +341,7 @@ def _client(scheduler: str | None, workers: int | None, rows: int) -> Iterator[C
             yield client
         return
     with (
-        dask.config.set({"distributed.scheduler.allowed-failures": _DEATHS}),
+        dask.config.set(_OF_LOCAL_CLUSTERS),
         _local_cluster(workers or _local_workers(rows)) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
