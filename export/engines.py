@@ -31,6 +31,8 @@ FORMATS: Final = {"fp32": ("onnx",), "fp16": ("onnx", "torch"), "bf16": ("torch"
 _TOOLS: Final = ("torch", "timm", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")
 _FEW_IMAGES: Final = 250
 _FEW_SEARCHED: Final = 1000
+_SLOW_IN_INT8: Final = ("depthwise",)
+"""Layers that ONNX Runtime takes longer for in int8 than in float32; they are sensitive besides."""
 
 
 @dataclass(frozen=True)
@@ -143,10 +145,10 @@ class _Workshop:
             self._make = self._int8()
 
     def export(self) -> ExportReport:
-        """Install the first engine that is good enough: with nothing in float32, then more, the cheapest first."""
-        families = self._families()
+        """Install the first engine that is good enough, with more and more layers in float32, the cheapest first."""
+        always, families = self._families()
         for count in range(max(1, len(families))):
-            kept = families[:count]
+            kept = (*always, *families[:count])
             candidate = self.build(kept)
             if self._hopeless(candidate, kept):
                 continue
@@ -154,7 +156,7 @@ class _Workshop:
             if not self.tolerance.faults(fidelity):
                 return self.installed(candidate, fidelity)
             logger.info("%s: %s", self.name, "; ".join(self.tolerance.faults(fidelity)))
-        raise EmbeddingDrift(self._refusal(families))
+        raise EmbeddingDrift(self._refusal(always, families))
 
     def _hopeless(self, candidate: _Candidate, kept: tuple[str, ...]) -> bool:
         """Return whether an engine fails on a part of the images by what a part can tell: among fewer it is easier."""
@@ -163,16 +165,17 @@ class _Workshop:
         found = self.tried[_words(kept)] = self.compared(candidate, self.few, kept)
         return found.overlap < self.tolerance.overlap or not found.closeness >= self.tolerance.cosine_p1
 
-    def _families(self) -> tuple[str, ...]:
-        """Return what can be left in float32, what has the smallest share of the multiplications first."""
+    def _families(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return what is left in float32 in any case, and what can be, the smallest share of the products first."""
         if self.precision == "fp32":
-            return ()
+            return (), ()
         costs = family_costs(load_network(self.backbone), self.backbone.contract.size)
         if self.precision == "int8":
             costs.pop("norm", None)  # is in float32 in any case
         else:
             costs = {BETWEEN: costs.pop("norm", 0.0)} | costs  # norms alone gain nothing: what they give is rounded
-        return tuple(sorted(costs, key=lambda family: costs[family]))
+        always = tuple(family for family in _SLOW_IN_INT8 if self.precision == "int8" and family in costs)
+        return always, tuple(sorted(costs.keys() - set(always), key=lambda family: costs[family]))
 
     def compared(self, candidate: _Candidate, trial: Trial, kept: Sequence[str]) -> Fidelity:
         """Compare an engine with torch."""
@@ -236,14 +239,15 @@ class _Workshop:
 
         return make
 
-    def _refusal(self, families: Sequence[str]) -> str:
+    def _refusal(self, always: Sequence[str], families: Sequence[str]) -> str:
         """Return why nothing is installed, with what each family alone in float32 gives where that is of use."""
-        text = self.tolerance.refusal(self.tried[_words(())], self.name)
+        text = self.tolerance.refusal(next(iter(self.tried.values())), self.name)
         if len(families) < 2:
             return text
         found = dict(self.tried)
         for family in families[1:]:
-            found[family] = self.compared(self.build((family,)), self.few, (family,))
+            kept = (*always, family)
+            found[_words(kept)] = self.compared(self.build(kept), self.few, kept)
         rows = "\n".join(
             f"  {f'{name}, {one.images:,} images':<52} {one.cosine_p1:>9.6f} {one.overlap:>8.4f}"
             for name, one in found.items()
