@@ -236,7 +236,8 @@ def titles(table: Table, heads: Sequence[str], columns: Sequence[str], what: str
     unknown = [name for name in columns if name not in table.colnames]
     if unknown:
         raise BadRequest(f"the {what} no column {unknown[0]!r}, but {', '.join(table.colnames)}")
-    return ["\n".join([head, *(_value(row[name]) for name in columns)]) for head, row in zip(heads, table, strict=True)]
+    plain = Table(table)  # numbers without their units
+    return ["\n".join([head, *(_value(row[name]) for name in columns)]) for head, row in zip(heads, plain, strict=True)]
 
 
 def _value(value: Any) -> str:

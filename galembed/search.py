@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any, Final
 import astropy.units as u
 import numpy as np
 import pyarrow as pa
-from astropy.table import Column, MaskedColumn, Table
+from astropy.io.registry import UnifiedReadWriteMethod
+from astropy.table import QTable, Table
 from astropy_healpix import HEALPix
 from numpy.typing import NDArray
 
 from galembed.errors import BadRequest
 from galembed.sky import HEALPIX_ORDER
+from galembed.table_files import ReadTable, WriteTable, arrow_table
+from galembed.table_files import arrow_columns as arrow_columns
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,8 +29,32 @@ HIT_COLUMNS: Final = ("survey", "source_id", "ra", "dec", "fov")
 """Store columns of every hit; the carried columns follow."""
 
 
-class Pictured(Table):  # type: ignore[misc]  # astropy has no types
-    """A table of a store's sources that can be looked at; `meta` holds `store`, its path."""
+class Pictured(QTable):  # type: ignore[misc]  # astropy has no types
+    """A table of a store's sources that can be looked at, kept and handed on; `meta` holds `store`, its path.
+
+    Columns with a unit are quantities, masked where a value is missing. `read` and `write` are astropy's, with
+    nothing lost (`galembed.table_files`).
+    """
+
+    read = UnifiedReadWriteMethod(ReadTable)
+    write = UnifiedReadWriteMethod(WriteTable)
+
+    def to_pandas(self, *args: Any, **kwargs: Any) -> Any:
+        """Return a pandas data frame, NaN or NA where a value is missing; units are in its `attrs["units"]`.
+
+        See `astropy.table.Table.to_pandas`.
+        """
+        plain = Table(self)
+        frame = plain.to_pandas(*args, **kwargs)
+        frame.attrs["units"] = {name: str(column.unit) for name, column in plain.columns.items() if column.unit}
+        return frame
+
+    def to_arrow(self) -> pa.Table:
+        """Return an Arrow table: units in the fields' metadata as in a store, null where a value is missing.
+
+        Text is string, a vector a fixed-size list; `meta` is JSON in the schema's metadata.
+        """
+        return arrow_table(self)
 
     def show(self, file: str | Path | None = None, columns: Sequence[str] = ()) -> Figure:
         """Draw the sources.
@@ -60,12 +87,14 @@ class Pictured(Table):  # type: ignore[misc]  # astropy has no types
 
 
 class Hits(Pictured):
-    """What a search found, nearest first: an astropy table.
+    """What a search found, nearest first: an astropy table (QTable).
 
     Columns: `similarity` (cosine, 1 = the same direction), `distance` (1 - similarity), `survey`,
     `source_id`, `ra` and `dec` (deg), `fov` (arcsec), then the store's carried columns with their units;
-    missing values are masked. `meta` holds `store` (its path), `query` and `unlike` (keys of the sources asked
-    about, empty for a vector), and `where`, `cone` and `box` as asked, or "".
+    missing values are masked. Columns with a unit are quantities: ``hits["mag_r"] < 19 * u.mag``.
+
+    `meta` holds `store` (its path), `query` and `unlike` (keys of the sources asked about, empty for a vector), and
+    `where`, `cone` and `box` as asked, or "".
     """
 
     def _drawn(self, columns: Sequence[str]) -> Figure:
@@ -73,26 +102,6 @@ class Hits(Pictured):
         from galembed.pictures import hits_figure
 
         return hits_figure(self, columns=columns)
-
-
-def arrow_columns(table: pa.Table) -> list[Column]:
-    """Return an Arrow table's columns as astropy columns: units and descriptions kept, nulls masked."""
-    return [_column(field, table.column(position).combine_chunks()) for position, field in enumerate(table.schema)]
-
-
-def _column(field: pa.Field, values: pa.Array) -> Column:
-    metadata = {key.decode(): text.decode() for key, text in (field.metadata or {}).items()}
-    unit = u.Unit(metadata["unit"], parse_strict="silent") if metadata.get("unit") else None
-    common = {"name": field.name, "unit": unit, "description": metadata.get("doc") or None}
-    if pa.types.is_fixed_size_list(field.type):
-        return Column(values.flatten().to_numpy(zero_copy_only=False).reshape(len(values), -1), **common)
-    text = pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
-    if not values.null_count:
-        data = values.to_numpy(zero_copy_only=False)
-        return Column(data.astype(str) if text else data, **common)
-    missing = values.is_null().to_numpy(zero_copy_only=False)
-    filled = values.fill_null("" if text else pa.scalar(0).cast(field.type)).to_numpy(zero_copy_only=False)
-    return MaskedColumn(filled.astype(str) if text else filled, mask=missing, **common)
 
 
 # ---------------------------------------------------------------------------------------------------- filters

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final
 
 from astropy.table import Table
 
 from galembed.errors import BadRequest
-
-_FORMATS: Final = {".vot": "votable", ".xml": "votable", ".csv": "ascii.csv"}
-"""Where astropy does not tell the format from the name."""
+from galembed.table_files import FORMATS
 
 
 def printed(table: Table) -> str:
     """Return a table for a terminal: all rows and columns, positions to a microdegree, other floats to five digits."""
-    shown = table.copy()  # astropy's text writers would round by these formats too
+    shown = Table(table)  # a copy; astropy's text writers would round by these formats too
     for name in shown.colnames:
         if shown[name].dtype.kind == "f":
             shown[name].info.format = ".6f" if name in ("ra", "dec") else ".5g"
@@ -31,7 +28,7 @@ def write_table(table: Table, file: Path) -> None:
         If it cannot be written.
     """
     try:
-        table.write(file, format=_FORMATS.get(file.suffix.lower()), overwrite=True)
+        table.write(file, format=FORMATS.get(file.suffix.lower()), overwrite=True)
     except Exception as error:  # astropy's writers raise whatever their libraries do
         raise BadRequest(f"the table cannot be written to {file}: {str(error).strip().splitlines()[0]}") from error
 

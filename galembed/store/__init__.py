@@ -348,7 +348,7 @@ class Store:
         Returns
         -------
         Hits
-            An astropy table.
+            An astropy QTable.
 
         Raises
         ------

@@ -147,7 +147,7 @@ def test_filters_hold_for_the_sources_and_for_what_they_are_compared_with(store,
     expected = np.sort(exact_scores(data["vector"][faint], 3))[::-1]
     found = novel(store, 1000, k=3, where="mag_r > 20")
     np.testing.assert_allclose(found["score"], expected, atol=2e-6)
-    assert min(found["mag_r"]) > 20
+    assert min(found["mag_r"].value) > 20
     cone = novel(store, 1000, k=1, cone=(10.0, 0.0, 200000.0))
     assert 0 < len(cone) < 300
     assert cone.meta["cone"] == "10.0 0.0 200000.0"

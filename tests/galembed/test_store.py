@@ -268,7 +268,7 @@ def test_hits_are_written_by_astropy(store, tmp_path, suffix):
     write_table(hits, tmp_path / f"hits.{suffix}")
     back = read_table(tmp_path / f"hits.{suffix}")
     assert [str(key) for key in back["source_id"]] == list(hits["source_id"])
-    np.testing.assert_array_equal(back["ra"], hits["ra"])
+    np.testing.assert_array_equal(back["ra"], hits["ra"].value)
     np.testing.assert_array_equal(np.asarray(back["similarity"], np.float32), hits["similarity"])
 
 
