@@ -14,12 +14,12 @@ the same source that are not among them, for the 10 nearest: among all rows, amo
 - chromadb, qdrant-client: as local databases on disk, with their defaults. Neither is asked for a cone, but for 20 in
   the box around it, of which those in the cone are kept.
 
-An engine with a knob for thoroughness (faiss's HNSW, chromadb) is turned up until it finds 95% among all rows. Rivals
-are installed into environments of their own under --work with pip. Building and searching are processes of their own,
-and a round is a search process of each engine in turn. Memory is the most that such a process has: anonymous, which
-nothing else can use, and mapped from files, which the page cache can take back. Rates are those of the second time a
-condition is seen; the 0.95 percentile is over the queries of a round. One that takes more time or memory than it may
-is stopped, and that is its result. --only runs some engines and keeps what was measured of the others before.
+An engine with a knob for thoroughness (faiss's HNSW, chromadb) is turned up for each condition until it finds 95%, or
+can go no further. Rivals are installed into environments of their own under --work with pip. Building and searching are
+processes of their own, and a round is a search process of each engine in turn. Memory is the most that such a process
+has: anonymous, which nothing else can use, and mapped from files, which the page cache can take back. The 0.95 quantile
+is over the queries of a round. One that takes more time or memory than it may is stopped, and that is its result.
+--only runs some engines and keeps what was measured of the others before.
 
 --ours-only leaves the rivals out and their vectors unwritten; --half stores float16. Truth is found by the way, a part
 of the rows after the other.
@@ -208,7 +208,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for engine in order:
             known = results.setdefault(engine, {"searches": []})
             command = (python_of(engine, options.work), ENGINE, engine)
-            if number == 0 and engine in OURS or "build" not in known:
+            if "build" not in known:
                 known["build"] = build(engine, command, folder, options)
             if "failed" not in known["build"]:
                 known["searches"].append(limited((*command, "search", folder), options.limit, options.memory))
@@ -218,9 +218,10 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def build(engine: str, command: Sequence[Any], folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    place = folder / ("store" if engine in OURS else engine)
-    if engine not in OURS:
-        shutil.rmtree(place, ignore_errors=True)
+    place = folder / engine
+    shutil.rmtree(place, ignore_errors=True)
+    if engine in OURS:  # a store's files are never changed, so that links do
+        shutil.copytree(folder / "store", place, copy_function=os.link)
     found = limited((*command, "build", folder), options.limit, options.memory)
     files = [file for file in place.rglob("*") if file.is_file()] if place.exists() else []
     return found | {"mib": sum(file.stat().st_size for file in files) / 2**20}
@@ -251,18 +252,16 @@ def report(options: argparse.Namespace, folder: Path, results: dict[str, Any]) -
     versions = {run["version"]: name for name, runs in good.items() for run in runs[-1:]}
     own = [f"{name} {version(name)}" for name in ("lancedb", "pylance", "numpy")]
     theirs = [f"{PACKAGES[name]} {number}" for number, name in versions.items() if name in PACKAGES]
-    knobs = [f"{name} {runs[-1]['knob']}" for name, runs in good.items() if runs and runs[-1]["knob"]]
     rounds = max((len(runs) for runs in good.values()), default=0)
     what = f"{options.rows:,} vectors of {options.dim} numbers{' in float16' if options.half else ''}"
     cost = ("engine", "build, s", "build, anonymous MiB", "disk, MiB", "open, s", "search, anonymous MiB")
-    head = ("among", "engine", "recall@10", "p50, ms", "p95, ms", "queries/s", "in one batch, queries/s")
+    head = ("among", "engine", "knob", "recall@10", "p50, ms", "p95, ms", "queries/s", "in one batch, queries/s")
     return "\n\n".join(
         [
             f"`python {' '.join(sys.argv)}`",
             f"{what}, {QUERIES} queries, {rounds} round(s): median [least-most].",
             table((*cost, "search, mapped MiB"), costs),
             table(head, found),
-            f"Candidates (`ef`): {', '.join(knobs)}." if knobs else "",
             f"{os.cpu_count()} cores ({cpu_name()}), Python {platform.python_version()}; {', '.join(own + theirs)}.",
         ]
     )
@@ -281,7 +280,7 @@ def numbers_of(runs: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     recall = f"{min(run['recall'] for run in runs):.3f}"
     times = [spread([1000 * run[name] for run in runs]) for name in ("p50", "p95")]
     rates = [spread([run["qps"] for run in runs], 0), spread([1 / run["batched"] for run in runs], 0)]
-    return recall, *times, *rates
+    return str(runs[-1]["knob"] or ""), recall, *times, *rates
 
 
 def main() -> None:
