@@ -304,7 +304,7 @@ def _add_neighbours(found: Novel, store: Store, rows: Rows, count: int, conditio
 def _neighbours(store: Store, rows: Rows, count: int, condition: str | None) -> Rows:
     """Return the row numbers of the nearest neighbours, nearest first, shape (source, count)."""
     vectors = matrix(take(store, rows, ["vector"]).column("vector"))
-    near, _ = nearest_rows(store.table, vectors, count + 1, condition)
+    near, _ = nearest_rows(store.dataset, vectors, count + 1, condition)
     # A source comes first among its twins, or not at all where there are more of them than asked for.
     own = near == rows[:, None]
     own[~own.any(axis=1), -1] = True

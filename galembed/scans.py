@@ -91,7 +91,7 @@ def take(store: Store, rows: NDArray[np.uint64], columns: Sequence[str]) -> pa.T
     rows : ndarray, shape (n,), uint64
         As `scan` gave them; may repeat.
     """
-    return take_rows(store.table, store.schema, rows, columns)
+    return take_rows(store.dataset, store.table, store.schema, rows, columns)
 
 
 def draw_sample(store: Store, size: int, *, seed: int = 0, condition: str | None = None) -> Sample:

@@ -40,7 +40,7 @@ from galembed.search import (
 from galembed.sky import separation_arcsec
 from galembed.store.keys import joined_key
 from galembed.store.lease import writer
-from galembed.store.nearest import IndexSearch, nearest_rows, query_numbers, take_rows, vector_query
+from galembed.store.nearest import IndexSearch, indexed_rows, nearest_rows, take_rows
 from galembed.store.nearest import matrix as matrix
 from galembed.store.places import EMBEDDINGS_TABLE as EMBEDDINGS_TABLE
 from galembed.store.places import FAILURES_TABLE as FAILURES_TABLE
@@ -52,7 +52,6 @@ POSITION_TOLERANCE_ARCSEC: Final = 5.0
 
 _OWN_COLUMNS = frozenset(embeddings_schema(1).names)
 _CHUNK = 500  # ids per SQL filter
-_QUERIES = 256  # vectors in one call of LanceDB's batch search
 _CONES = 50  # cones per SQL filter
 
 
@@ -115,6 +114,11 @@ class Store:
     def dim(self) -> int:
         """Length of the vectors."""
         return int(self.schema.field("vector").type.list_size)
+
+    @functools.cached_property
+    def dataset(self) -> Any:
+        """The table as a `lance.LanceDataset`, of the same version."""
+        return self.table.to_lance()
 
     @property
     def columns(self) -> dict[str, str]:
@@ -369,7 +373,7 @@ class Store:
             skip.update(self._keys(exclude))
         if exclude_within is not None:
             skip.update(self._around(keys, exclude_within))
-        found = self._nearest(vector, int(k) + len(skip), names, condition, where, exact=exact)
+        found = self._nearest(vector[None], int(k) + len(skip), names, condition, where, exact=exact)
         if skip:
             found = found.filter(pa.array([key not in skip for key in _key_pairs(found)], pa.bool_()))
         meta = {"query": [":".join(key) for key in keys], "unlike": [":".join(key) for key in others]}
@@ -418,16 +422,7 @@ class Store:
         vectors, keys = self._queries(to)
         own = np.array([":".join(key) for key in keys], object) if exclude_self and keys else None
         count = int(k) + (own is not None)
-        kind = next(iter(self.vector_indexes().values()), "")
-        if exact or not kind:
-            found = self._nearest_by_scan(vectors, count, names, condition, where)
-        else:
-            parts = []
-            for start in range(0, len(vectors), _QUERIES):
-                part = self._nearest(vectors[start : start + _QUERIES], count, names, condition, where, exact=False)
-                number = pa.array(query_numbers(part) + start)
-                parts.append(part.select([*names, "_distance"]).append_column("query_index", number))
-            found = pa.concat_tables(parts)
+        found = self._nearest(vectors, count, names, condition, where, exact=exact)
         found = _best_of_each(found, int(k), own)
         meta = {"query": [":".join(key) for key in keys], "unlike": []}
         hits = self._hits(found, names, meta | _asked(where, cone, box))
@@ -454,24 +449,6 @@ class Store:
         if len(vectors) < len(keys):
             raise BadRequest(f"{len(keys) - len(vectors)} of the sources asked about are not in the store {self.path}")
         return vectors
-
-    def _nearest_by_scan(
-        self,
-        vectors: NDArray[np.float32],
-        count: int,
-        names: list[str],
-        condition: str | None,
-        where: str | None,
-    ) -> pa.Table:
-        """Return what `_nearest` does for each of many queries, with `query_index`, from one pass."""
-        try:
-            rows, distance = nearest_rows(self.table, vectors, count, condition)
-        except (ValueError, RuntimeError) as error:
-            raise _refused(where, error) from error
-        query, place = np.nonzero(np.isfinite(distance))
-        found = take_rows(self.table, self.schema, rows[query, place], names)
-        found = found.append_column("_distance", pa.array(distance[query, place], pa.float32()))
-        return found.append_column("query_index", pa.array(query, pa.int64()))
 
     def _hit_names(self, k: int, columns: Sequence[str] | None) -> list[str]:
         if not isinstance(k, numbers.Integral) or k < 1:
@@ -508,7 +485,7 @@ class Store:
 
     def _nearest(
         self,
-        vector: NDArray[np.float32],
+        vectors: NDArray[np.float32],
         count: int,
         names: list[str],
         condition: str | None,
@@ -516,13 +493,20 @@ class Store:
         *,
         exact: bool,
     ) -> pa.Table:
+        """Return the nearest rows to each of many vectors, with `_distance` and `query_index`, by which they come."""
         kind = next(iter(self.vector_indexes().values()), "")
-        settings = self.index_search(kind) if kind and not exact else None
-        query = vector_query(self.table, vector, count, condition, settings).select([*names, "_distance"])
         try:
-            return query.to_arrow()
-        except (ValueError, RuntimeError) as error:
+            if exact or not kind:
+                rows, distance = nearest_rows(self.dataset, vectors, count, condition)
+            else:
+                settings = self.index_search(kind)
+                rows, distance = indexed_rows(self.dataset, self.table, vectors, count, condition, settings)
+        except (ValueError, RuntimeError, OSError) as error:
             raise _refused(where, error) from error
+        query, place = np.nonzero(np.isfinite(distance))
+        found = take_rows(self.dataset, self.table, self.schema, rows[query, place], names)
+        found = found.append_column("_distance", pa.array(distance[query, place], pa.float32()))
+        return found.append_column("query_index", pa.array(query, pa.int64()))
 
     def _query(self, to: Any) -> tuple[NDArray[np.float32], list[tuple[str, str]]]:
         """Return the query vector and the keys of the sources it stands for."""

@@ -3,6 +3,7 @@ import json
 import lancedb
 import numpy as np
 import pytest
+import s3fs
 from click.testing import CliRunner
 
 from galembed.commands import index
@@ -128,3 +129,33 @@ def test_empty_store_is_searched_exactly(tmp_path):
     assert build_index(make_store(tmp_path / "s", rows(0))).kind == "exact"
     with pytest.raises(BadRequest, match="use the kind exact"):
         build_index(open_store(tmp_path / "s"), "hnsw")
+
+
+def test_store_on_object_storage_keeps_what_was_measured(bucket):
+    place = f"{bucket}/s"
+    report = build_index(make_store(place, rows(300)), "hnsw", recall=0.5)
+    assert report.search.met
+    assert s3fs.S3FileSystem().exists(f"{place}/search.json")
+    store = open_store(place)
+    assert store.index_search("IvfHnswSq") == report.search
+    assert list(store.similar("legacy-1", k=1, exclude_self=False)["source_id"]) == ["legacy-1"]
+
+
+@pytest.mark.parametrize("kind", ["hnsw", "rq"])
+def test_many_hits_are_as_many_as_asked_for(tmp_path, kind):
+    store = make_store(tmp_path / "s", rows(4000))
+    build_index(store, kind, recall=0.5)
+    for k in (200, 2000):
+        found, exact = (store.similar("legacy-5", k, exact=way)["source_id"] for way in (False, True))
+        assert len(found) == k
+        assert len(set(found) & set(exact)) > 0.9 * k
+
+
+def test_hits_are_found_wherever_as_many_pass(tmp_path):
+    store = make_store(tmp_path / "s", rows(4000))
+    build_index(store, "rq", recall=0.5)
+    where = "mag_r < 14.05"
+    passing = store.table.count_rows(where)
+    assert 10 < passing < 100
+    for k, hits in ((10, 10), (passing - 1, passing - 1), (150, passing)):
+        assert len(store.similar(store.vectors()[1][0], k, where=where, exclude_self=False)) == hits
