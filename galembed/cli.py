@@ -34,6 +34,8 @@ COMMANDS: Final = {
     "probe": ("galembed.probe_commands", "Learn classes, numbers or votes from a few labels, for a whole store."),
     "migrate": ("galembed.migrate_command", "Move a store to another backbone, probes and all."),
     "export-hats": ("galembed.hats.command", "Write a store as a HATS catalogue, for lsdb."),
+    "compact": ("galembed.commands", "Merge a store's small files and remove its old versions."),
+    "rollback": ("galembed.commands", "List a store's versions, or go back to one."),
     "status": ("galembed.commands", "Say what a store holds."),
 }
 """Name of each command, the module that has it, and its line in the help; kept here so that help loads nothing."""

@@ -1,4 +1,4 @@
-"""Commands on questions, sources and stores: questions, surveys, look, index, search, status.
+"""Commands on questions, sources and stores: questions, surveys, look, index, compact, rollback, search, status.
 
 Heavy imports are inside.
 """
@@ -118,6 +118,45 @@ def index(store: str, kind: str, recall: float) -> None:
     from galembed.store.index import build_index
 
     click.echo(str(build_index(open_store(store), kind, recall=recall)))
+
+
+@click.command()
+@click.argument("store")
+@click.option(
+    "--keep",
+    type=click.FloatRange(min=0),
+    default=1.0,
+    show_default=True,
+    metavar="HOURS",
+    help="How long a version stays after another took its place, for those who have it open; 0 if nobody reads.",
+)
+def compact(store: str, keep: float) -> None:
+    """Merge small files of STORE, drop rows that were replaced, fold new rows into the indexes, remove old versions.
+
+    No vector changes, and a job goes on afterwards as before. An older store is brought to the present format.
+    """
+    from datetime import timedelta
+
+    from galembed.store import compaction
+
+    click.echo(str(compaction.compact(store, keep=timedelta(hours=keep))))
+
+
+@click.command()
+@click.argument("store")
+@click.argument("version", type=int, required=False)
+def rollback(store: str, version: int | None) -> None:
+    """List the versions of STORE; with VERSION, make both of its tables what they were then.
+
+    It can be undone, and the same `galembed embed` embeds again what was taken away. Versions that
+    `galembed compact` removed are gone.
+    """
+    from galembed.store import history
+
+    if version is None:
+        click.echo(history.history_text(history.history(store)))
+    else:
+        click.echo(str(history.rollback(store, version)))
 
 
 @click.command()

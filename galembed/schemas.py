@@ -14,7 +14,9 @@ from galembed.errors import ArtifactMismatch, SchemaMismatch
 STORE_FORMAT: Final = 2
 """Version of the store's layout, written into every store."""
 
-_METADATA_KEY: Final = b"galembed"
+CONTRACT_KEY: Final = b"galembed"
+"""Where a table's schema keeps the contract."""
+
 _ANSWER: Final = b"answer"
 
 
@@ -133,7 +135,7 @@ def embeddings_schema(
         *carried,
         *predictions,
     ]
-    metadata = {_METADATA_KEY: contract.to_json()} if contract else None
+    metadata = {CONTRACT_KEY: contract.to_json()} if contract else None
     return pa.schema(fields, metadata=metadata)
 
 
@@ -219,17 +221,15 @@ class StoreContract:
         Raises
         ------
         ArtifactMismatch
-            If the table carries none, or one of another format version.
+            If the table carries none, or one of another format: an older one can be upgraded.
         """
-        raw = (schema.metadata or {}).get(_METADATA_KEY)
-        if raw is None:
-            raise ArtifactMismatch("this table is not a galembed store: its schema carries no galembed contract")
-        data: dict[str, Any] = json.loads(raw)
-        if data.get("format") != STORE_FORMAT:
+        found = format_of(schema)
+        if found != STORE_FORMAT:
             raise ArtifactMismatch(
-                f"the store has format {data.get('format')}, this galembed reads {STORE_FORMAT}; "
-                "use the version of galembed that wrote it"
+                f"the store has the older format {found}, this galembed reads {STORE_FORMAT}; "
+                "`galembed compact STORE` brings it up to date, no vector changes"
             )
+        data: dict[str, Any] = json.loads(schema.metadata[CONTRACT_KEY])
         return cls(**data)
 
     def require_same(self, other: StoreContract) -> None:
@@ -261,6 +261,25 @@ class StoreContract:
                     f"the store was made with {name} {mine!r}, this run has {theirs!r}: {consequence}; "
                     "use the store's own, or another --store"
                 )
+
+
+def format_of(schema: pa.Schema) -> int:
+    """Return the format of a store by its `embeddings` schema, at most `STORE_FORMAT`.
+
+    Raises
+    ------
+    ArtifactMismatch
+        If it is not a store's, or one of a newer galembed.
+    """
+    raw = (schema.metadata or {}).get(CONTRACT_KEY)
+    if raw is None:
+        raise ArtifactMismatch("this table is not a galembed store: its schema carries no galembed contract")
+    found = int(json.loads(raw)["format"])
+    if found > STORE_FORMAT:
+        raise ArtifactMismatch(
+            f"the store has format {found}, of a newer galembed; this one reads up to {STORE_FORMAT}: update galembed"
+        )
+    return found
 
 
 def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
