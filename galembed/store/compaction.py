@@ -184,8 +184,8 @@ def _deleted(store: str | Path) -> int:
 
 def _unindexed(store: str | Path) -> int:
     dataset = open_table(store, EMBEDDINGS_TABLE)
-    names = [index.name for index in dataset.describe_indices()]
-    return max((int(dataset.stats.index_stats(name)["num_unindexed_rows"]) for name in names), default=0)
+    rows = dataset.count_rows()
+    return max((rows - int(index.num_rows_indexed) for index in dataset.describe_indices()), default=0)
 
 
 def _size(store: str | Path) -> int:

@@ -117,7 +117,7 @@ def history(store: str | Path) -> list[Version]:
     if not is_folder(store, f"{EMBEDDINGS_TABLE}.lance"):
         raise ArtifactNotFound(f"no store at {store}; make one with `galembed embed SOURCES --store PATH`")
     dataset, failed = open_table(store, EMBEDDINGS_TABLE), open_table(store, FAILURES_TABLE)
-    found = []
+    found: list[Version] = []
     before, beside = 0, failed.versions()
     versions = dataset.versions()
     for item in versions:
@@ -217,7 +217,7 @@ def _what(dataset: Any, version: int, more: int | None) -> str:
         transaction = dataset.read_transaction(version)
     except TypeError:  # pylance 14 cannot show a merge of files that moved an index
         return _OPERATIONS["Rewrite"]
-    operation = getattr(transaction, "operation", None)
+    operation: Any = getattr(transaction, "operation", None)
     kind = type(operation).__name__
     if kind == "Restore":
         return f"rolled back to {operation.version}"

@@ -98,6 +98,7 @@ def test_who_opened_a_store_before_reads_on_after_compactions(tmp_path: Path) ->
         table = stores.arrow(changed)
         result = Finished("new", tuple(write_fragments(place, table)), failures([], "new"), table.select([0, 1]))
         commit(place, [result], lease)
+    assert verify(place).ok
     report = compact(place)
     compact(place)
     assert report.bytes_waiting > 0
