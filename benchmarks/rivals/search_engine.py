@@ -310,10 +310,11 @@ def measure(engine: Engine) -> dict[str, Any]:
             start = time.perf_counter()
             singles += engine.search(queries[row : row + 1], condition)
             seconds.append(time.perf_counter() - start)
-            if row >= 19 and sum(seconds) > 60:
+            if row >= 19 and sum(seconds) > 10:
                 break
+        many = queries[: len(seconds)]
         start = time.perf_counter()
-        batch = engine.search(queries, condition)
+        batch = engine.search(many, condition)
         batched = time.perf_counter() - start
         results[name] = {
             "knob": engine.knob,
@@ -322,7 +323,7 @@ def measure(engine: Engine) -> dict[str, Any]:
             "p50": float(np.quantile(seconds, 0.5)),
             "p95": float(np.quantile(seconds, 0.95)),
             "qps": len(seconds) / sum(seconds),
-            "batched": batched / len(queries),
+            "batched": batched / len(many),
         }
     return {"opened": opened, "version": version(engine.package), "conditions": results}
 

@@ -40,7 +40,7 @@ from galembed.search import (
 from galembed.sky import separation_arcsec
 from galembed.store.keys import joined_key
 from galembed.store.lease import writer
-from galembed.store.nearest import IndexSearch, indexed_rows, nearest_rows, take_rows
+from galembed.store.nearest import IndexSearch, indexed_rows, nearest_rows, scan_is_faster, take_rows
 from galembed.store.nearest import matrix as matrix
 from galembed.store.places import EMBEDDINGS_TABLE as EMBEDDINGS_TABLE
 from galembed.store.places import FAILURES_TABLE as FAILURES_TABLE
@@ -258,6 +258,10 @@ class Store:
     @functools.cached_property
     def _measured(self) -> Mapping[str, Any]:
         return read_json(join(self.path, SEARCH_FILE))
+
+    @functools.cached_property
+    def _index_kind(self) -> str:
+        return next(iter(self.vector_indexes().values()), "")
 
     def index_search(self, kind: str) -> IndexSearch:
         """Return how an index of LanceDB's `kind` is searched: as `galembed index` found best, else amply."""
@@ -494,12 +498,11 @@ class Store:
         exact: bool,
     ) -> pa.Table:
         """Return the nearest rows to each of many vectors, with `_distance` and `query_index`, by which they come."""
-        kind = next(iter(self.vector_indexes().values()), "")
+        settings = self.index_search(self._index_kind) if self._index_kind and not exact else None
         try:
-            if exact or not kind:
+            if settings is None or scan_is_faster(self.dataset, len(vectors), count, condition, settings):
                 rows, distance = nearest_rows(self.dataset, vectors, count, condition)
             else:
-                settings = self.index_search(kind)
                 rows, distance = indexed_rows(self.dataset, self.table, vectors, count, condition, settings)
         except (ValueError, RuntimeError, OSError) as error:
             raise _refused(where, error) from error

@@ -87,6 +87,16 @@ def matrix(column: pa.ChunkedArray | pa.Array) -> NDArray[np.float32]:
     return np.asarray(flat.reshape(-1, column.type.list_size), dtype=np.float32)
 
 
+def scan_is_faster(dataset: Any, queries: int, count: int, condition: str | None, settings: IndexSearch) -> bool:
+    """Tell whether comparing with every row that passes takes no longer than searching by the index.
+
+    A candidate costs as much as eight rows that are read in passing; a query of many costs as much as a hundred,
+    and with a filter, which Lance applies for each anew, several times that.
+    """
+    rows = dataset.count_rows(condition if queries > 1 else None)
+    return bool(rows < max(8 * settings.candidates(count), 100 * (queries - 1)))
+
+
 def indexed_rows(
     dataset: Any,
     table: Any,
@@ -97,12 +107,9 @@ def indexed_rows(
 ) -> tuple[NDArray[np.uint64], NDArray[np.float32]]:
     """Return the nearest rows to each of many vectors that the index finds; see `nearest_rows`.
 
-    The index gives candidates, which are compared exactly here: Lance could do that too, and takes several times
-    as long for it. Where candidates are more than an eighth of the rows, all rows are compared, which takes no
-    longer, and for queries that the index finds less than `count` for.
+    The index gives candidates, which are compared exactly here: Lance could do that too, and takes longer. All rows
+    are compared for queries that the index finds less than `count` for.
     """
-    if 8 * settings.candidates(count) > dataset.count_rows():
-        return nearest_rows(dataset, vectors, count, condition)
     rows = np.zeros((len(vectors), count), np.uint64)
     distance = np.full((len(vectors), count), np.inf, np.float32)
     step = max(1, min(_QUERIES, _CANDIDATES // settings.candidates(count)))
