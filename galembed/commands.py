@@ -196,6 +196,7 @@ def status(store: str, verify: bool) -> None:
 )
 @click.option("--out", type=_FILE, help="Write the table: .fits, .ecsv, .csv, .vot or .parquet.")
 @click.option("--plot", type=_FILE, help="Draw the hits: .png or .pdf.")
+@click.option("--samp", metavar="PROGRAM", help="Send the table to a program that runs, such as topcat; or to all.")
 @click.option("--exact", is_flag=True, help="Compare with every vector although there is an index.")
 def search(
     store: str,
@@ -210,6 +211,7 @@ def search(
     exclude_within: float | None,
     out: Path | None,
     plot: Path | None,
+    samp: str | None,
     exact: bool,
 ) -> None:
     """Find the sources of STORE that look like a source, a position or an image."""
@@ -238,6 +240,8 @@ def search(
     if plot is not None:
         hits.show(plot)
         click.echo(f"pictures written to {plot}")
+    if samp is not None:
+        click.echo(f"{len(hits)} rows sent to {', '.join(hits.send(samp))}")
 
 
 def _query(ids: tuple[str, ...], position: tuple[float, float] | None, image: Path | None) -> Any:

@@ -82,6 +82,30 @@ class Pictured(QTable):  # type: ignore[misc]  # astropy has no types
             save_figure(figure, file)
         return figure
 
+    def send(self, to: str | None = None, *, timeout: float = 30.0) -> list[str]:
+        """Have TOPCAT, Aladin or another program that runs here load the table, by SAMP.
+
+        Parameters
+        ----------
+        to : str, optional
+            Part of the program's name in any case, such as ``topcat``; every one that takes tables unless given.
+        timeout : float
+            Seconds that each program has.
+
+        Returns
+        -------
+        list of str
+            Names of the programs that loaded it.
+
+        Raises
+        ------
+        BadRequest
+            If no SAMP hub runs, no such program is connected, or it does not load the table.
+        """
+        from galembed.samp import send_table
+
+        return send_table(self, to, timeout=timeout)
+
     def _drawn(self, columns: Sequence[str]) -> Figure:
         raise NotImplementedError
 

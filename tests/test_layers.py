@@ -37,6 +37,7 @@ FLOORS = {
     "galembed.questions": 1,
     "galembed.schemas": 1,
     "galembed.sky": 1,
+    "galembed.samp": 1,
     "galembed.files": 1,
     "galembed.quality": 1,
     "galembed.planes": 3,
