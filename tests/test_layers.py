@@ -36,6 +36,7 @@ FLOORS = {
     "galembed.questions": 1,
     "galembed.schemas": 1,
     "galembed.sky": 1,
+    "galembed.regions": 2,
     "galembed.files": 1,
     "galembed.quality": 1,
     "galembed.planes": 3,
