@@ -26,7 +26,6 @@ MAX_CELLS: Final = 200_000
 _RANGES: Final = 96
 _CELLS: Final = 96
 _FINEST: Final = 18
-_EDGES: Final = 16
 _RA: Final = "((ra + 360) % 360)"
 _OVER_POLE_DEG: Final = 1e-9
 _MOC_FORMATS: Final = {".fits": "fits", ".fit": "fits", ".json": "json"}
@@ -168,8 +167,10 @@ class Polygon:
         height = np.tan(np.radians(dec))
         for west, east, (first, last) in zip(self.west, self.east, self.tangents, strict=True):
             within = (ra >= west) & (ra < east) if west < east else (ra >= west) | (ra < east)
-            edge = first * np.sin(np.radians(east - ra)) + last * np.sin(np.radians(ra - west))
-            inside ^= within & (np.isinf(first) | (height < edge))
+            if math.isfinite(first):
+                edge = first * np.sin(np.radians(east - ra)) + last * np.sin(np.radians(ra - west))
+                within &= height < edge
+            inside ^= within
         return inside
 
     def condition(self) -> str:
@@ -180,23 +181,12 @@ class Polygon:
             return ranges
         exact = self._exact()
         if len(inner):
-            at_rim = ranges_filter(cell_ranges(rim, order))
-            exact = f"({ranges_filter(cell_ranges(inner, order))} OR ({at_rim} AND {exact}))"
+            exact = f"({ranges_filter(cell_ranges(inner, order))} OR {exact})"
         return f"({ranges} AND {exact})"
 
     def _exact(self) -> str:
-        """Return the exact filter: slabs in right ascension, so that a row is compared with few of many edges."""
-        count = len(self.west)
-        slabs = max(1, math.ceil(2 * math.sqrt(count))) if count > _EDGES else 1
-        cuts = np.unique([0.0, *np.quantile(self.west, np.arange(1, slabs) / slabs), 360.0])
-        parts = []
-        for low, high in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
-            over = self.west > self.east
-            here = np.where(over, (self.west < high) | (self.east > low), (self.west < high) & (self.east > low))
-            if here.any():
-                odd = _balanced([self._crossing(edge) for edge in np.flatnonzero(here).tolist()], "<>")
-                parts.append(odd if slabs == 1 else f"({_RA} >= {low!r} AND {_RA} < {high!r} AND {odd})")
-        return f"(NOT {_balanced(parts, 'OR')})" if self.turned else _balanced(parts, "OR")
+        odd = _balanced([self._crossing(edge) for edge in range(len(self.west))], "<>")
+        return f"(NOT {odd})" if self.turned else odd
 
     def _crossing(self, edge: int) -> str:
         west, east = float(self.west[edge]), float(self.east[edge])
@@ -222,7 +212,7 @@ class Polygon:
             inside = ~near & self.contains(ra, dec)
             inner, rim = np.concatenate([inner, rim[inside]]), rim[near]
             if order == _FINEST or len(rim) > _CELLS or not len(rim):
-                return inner, rim, order
+                return np.sort(inner), rim, order
             inner, rim = ((4 * cells[:, None] + np.arange(4)).ravel() for cells in (inner, rim))
             order += 1
 

@@ -14,7 +14,12 @@ from galembed.errors import ArtifactMismatch, SchemaMismatch
 STORE_FORMAT: Final = 2
 """Version of the store's layout, written into every store."""
 
-_METADATA_KEY: Final = b"galembed"
+VECTORS: Final = "vectors"
+"""`input_kind` of rows that were imported as vectors: there are no pixels and no backbone."""
+
+CONTRACT_KEY: Final = b"galembed"
+"""Where a schema's metadata has a store's contract."""
+
 _ANSWER: Final = b"answer"
 
 
@@ -119,12 +124,14 @@ def embeddings_schema(
         ),
         _field("vector", pa.list_(pa.field("item", pa.float32(), nullable=True), dim), "centred, unit norm"),
         _field("norm", pa.float32(), "length of the centred vector before normalising"),
-        _field("coverage", pa.float32(), "smallest fraction of pixels with data over the bands; 0 to 1"),
+        _field(
+            "coverage", pa.float32(), "smallest fraction of pixels with data over the bands; 0 to 1, NaN if unknown"
+        ),
         _field("fov", pa.float32(), "side of the cutout; null without a WCS", unit="arcsec", nullable=True),
         _field(
             "flags", pa.string(), "warnings about the picture: words of galembed.quality.FLAGS; empty if there is none"
         ),
-        _field("input_kind", pa.string(), "flux or display: the door this row came through"),
+        _field("input_kind", pa.string(), "flux or display: the door this row came through; vectors: imported as such"),
         _URI,
         _VERSION,
         _NEIGHBOURS,
@@ -133,7 +140,7 @@ def embeddings_schema(
         *carried,
         *predictions,
     ]
-    metadata = {_METADATA_KEY: contract.to_json()} if contract else None
+    metadata = {CONTRACT_KEY: contract.to_json()} if contract else None
     return pa.schema(fields, metadata=metadata)
 
 
@@ -179,7 +186,7 @@ class StoreContract:
     backbone : str
         Where the backbone was when the store was made; for queries by image.
     input_kind : str
-        ``flux`` or ``display``.
+        ``flux`` or ``display``; ``vectors`` where they were imported.
     numeric_class : str
         ``fp32``, ``fp16`` or ``int8``.
     bands : mapping of str to str
@@ -221,7 +228,7 @@ class StoreContract:
         ArtifactMismatch
             If the table carries none, or one of another format version.
         """
-        raw = (schema.metadata or {}).get(_METADATA_KEY)
+        raw = (schema.metadata or {}).get(CONTRACT_KEY)
         if raw is None:
             raise ArtifactMismatch("this table is not a galembed store: its schema carries no galembed contract")
         data: dict[str, Any] = json.loads(raw)
