@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from galembed.errors import BadRequest
 from galembed.progress import progress
-from galembed.published.tables import Published, Rows, open_published, row_count
+from galembed.published.tables import Published, Rows, file_digest, open_published, row_count
 from galembed.schemas import FAILURES, conform
 from galembed.store.commit import Finished, commit, prepare, tidy, write_fragments
 from galembed.store.keys import joined_key, key_hashes, open_table, repeated_values, rows_with
@@ -169,12 +169,17 @@ def _parts(published: Published, counts: Sequence[int]) -> list[_Part]:
     """Return the parts of all files, named by what the file is, so that they are the same when it is read again."""
     rows = max(1, min(_PART_ROWS, _PART_BYTES // (4 * published.dim)))
     parts = []
+    seen: dict[str, Path] = {}
     for number, (file, count) in enumerate(zip(published.files, counts, strict=True)):
-        facts = f"{file.name} {file.stat().st_size} {count} {published.survey} {','.join(published.vector)} {rows}"
-        digest = hashlib.sha256(facts.encode()).hexdigest()[:12]
-        for start in range(0, count, rows):
-            name = f"import-{file.stem}-{digest}-{start}"
-            parts.append(_Part(name, file, number, start, min(start + rows, count)))
+        digest = file_digest(file)
+        if digest in seen:
+            raise BadRequest(f"{file} and {seen[digest]} are the same file twice; give one of them")
+        seen[digest] = file
+        # Other sources come of the same file with another survey.
+        name = f"import-{file.stem}-{digest}-{published.survey}-{rows}"
+        parts += [
+            _Part(f"{name}-{start}", file, number, start, min(start + rows, count)) for start in range(0, count, rows)
+        ]
     return parts
 
 
@@ -291,14 +296,15 @@ def _unit(rows: Rows, dim: int) -> tuple[NDArray[np.float32], NDArray[np.float32
     vectors = np.zeros((count, dim), np.float32)
     reasons: list[tuple[str, str] | None] = [None] * count
     if pa.types.is_fixed_size_list(rows.vectors.type):
-        lengths = np.full(count, dim if rows.vectors.type.list_size == dim else rows.vectors.type.list_size)
+        lengths = np.full(count, rows.vectors.type.list_size)
         lengths[rows.vectors.is_null().to_numpy(zero_copy_only=False)] = -1
     else:
         lengths = pc.fill_null(pc.list_value_length(rows.vectors), -1).to_numpy()
     fits = lengths == dim
     whole = rows.vectors.filter(pa.array(fits)) if not fits.all() else rows.vectors
-    vectors[fits] = np.asarray(whole.flatten().to_numpy(zero_copy_only=False), np.float32).reshape(-1, dim)
     with np.errstate(all="ignore"):
+        numbers = whole.flatten().to_numpy(zero_copy_only=False)
+        vectors[fits] = np.asarray(numbers, np.float32).reshape(-1, dim)
         norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64))
     own = rows.norms is not None and np.abs(norms - 1) <= UNIT_TOLERANCE
     for at in np.flatnonzero(~(np.isfinite(norms) & (norms > 0))).tolist():

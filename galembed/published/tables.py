@@ -22,6 +22,8 @@ from galembed.schemas import CONTRACT_KEY, VECTORS, StoreContract, conform, embe
 from galembed.sky import healpix_index
 
 BATCH_ROWS: Final = 4096
+_LOOK: Final = 1 << 18
+
 PARQUET: Final = (".parquet", ".pq")
 
 
@@ -209,6 +211,17 @@ def open_published(
     return Published(paths, embeddings_schema(dim, carried=fields, contract=contract), chosen, vectors, survey)
 
 
+def file_digest(file: Path) -> str:
+    """Return twelve characters that tell a file from others: of its size, its beginning and its end."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as stream:
+        digest.update(stream.read(_LOOK))
+        stream.seek(max(0, size - _LOOK))
+        digest.update(stream.read())
+    return digest.hexdigest()[:12]
+
+
 def row_count(file: Path) -> int:
     """Return the number of rows of a file."""
     if file.suffix.lower() in PARQUET:
@@ -235,7 +248,8 @@ def _parquet(file: Path) -> Any:
     import pyarrow.parquet as pq
 
     try:
-        return pq.ParquetFile(file)
+        # Column chunks are read as they are needed: a row group may be as large as the file.
+        return pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
     except FileNotFoundError as error:
         raise ArtifactNotFound(f"no table at {file}") from error
     except (OSError, pa.ArrowException) as error:

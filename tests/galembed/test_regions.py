@@ -63,7 +63,7 @@ def positions() -> tuple[Angles, Angles]:
 def kept(store: Store, **filters: Any) -> NDArray[np.int64]:
     """Return the numbers of the rows that pass, by a search for all of them."""
     hits = store.similar(np.ones(store.dim), k=COUNT, exact=True, columns=[], **filters)
-    return np.sort([int(text.partition("-")[2]) for text in hits["source_id"]])
+    return np.sort(np.array([text.partition("-")[2] for text in hits["source_id"]], np.int64))
 
 
 def expected(mask: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -217,6 +217,16 @@ def test_an_id_of_two_files_is_imported_once(tmp_path: Path) -> None:
     assert verify(tmp_path / "s").ok
 
 
+def test_files_of_one_name_are_not_taken_for_one_another(tmp_path: Path) -> None:
+    for number, folder in enumerate(("train", "test")):
+        (tmp_path / folder).mkdir()
+        aion(tmp_path / folder / "0000.parquet", first=100 + 40 * number)
+    assert import_published(tmp_path / "s", [tmp_path / "train", tmp_path / "test"]).imported == 80
+    (tmp_path / "test" / "copy.parquet").write_bytes((tmp_path / "test" / "0000.parquet").read_bytes())
+    with pytest.raises(BadRequest, match="are the same file twice"):
+        import_published(tmp_path / "t", [tmp_path / "test"])
+
+
 def test_more_files_add_what_is_new(tmp_path: Path) -> None:
     import_published(tmp_path / "s", [aion(tmp_path / "a.parquet")])
     report = import_published(tmp_path / "s", [tmp_path / "a.parquet", aion(tmp_path / "b.parquet", first=40)])
