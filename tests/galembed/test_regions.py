@@ -81,7 +81,7 @@ def winds_around(corners: Angles, ra: Angles, dec: Angles) -> NDArray[np.bool_]:
         one, two = (end_ - (points @ end_)[:, None] * points for end_ in (start, end))
         total += np.arctan2(np.sum(points * np.cross(one, two), axis=1), np.sum(one * two, axis=1))
     middle = vertices.mean(axis=0)
-    return (np.abs(total) > np.pi) & (points @ middle > 0)
+    return np.asarray((np.abs(total) > np.pi) & (points @ middle > 0))
 
 
 def around(ra: float, dec: float, radii: Angles) -> Angles:

@@ -83,7 +83,7 @@ def stored(store: str | Path) -> dict[str, dict[str, Any]]:
 
 
 def unit(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    return values / np.linalg.norm(values.astype(np.float64), axis=1, keepdims=True)
+    return np.asarray(values / np.linalg.norm(values.astype(np.float64), axis=1, keepdims=True))
 
 
 @pytest.mark.parametrize("inner", ["half", "float", "double"])
@@ -237,7 +237,7 @@ def test_more_files_add_what_is_new(tmp_path: Path) -> None:
 
 
 def test_parts_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = [bad_rows(tmp_path / "bad.parquet"), aion(tmp_path / "a.parquet", 100, first=200)]
+    files = [bad_rows(tmp_path / "bad.parquet"), aion(tmp_path / "a.parquet", 100, first=200, kind="list double")]
     import_published(tmp_path / "whole", files)
     monkeypatch.setattr(importing, "_PART_ROWS", 7)
     monkeypatch.setattr(importing, "_COMMIT_ROWS", 20)
@@ -257,7 +257,7 @@ def test_stopped_anywhere_the_same_call_goes_on(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(importing, "_PART_ROWS", 7)
     monkeypatch.setattr(importing, "_COMMIT_ROWS", 20)
-    files = [bad_rows(tmp_path / "bad.parquet"), aion(tmp_path / "a.parquet", 100, first=200)]
+    files = [bad_rows(tmp_path / "bad.parquet"), aion(tmp_path / "a.parquet", 100, first=200, kind="list double")]
     where = importing if step == "write_fragments" else commit
     original = getattr(where, step)
     calls = 0
