@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from galembed.options import COLUMNS, parse_bands, parse_pairs, recognised, source_options
+from galembed.options import COLUMNS, parse_bands, parse_pairs, recognised, sky_options, source_options
 
 _FILE = click.Path(path_type=Path)
 
@@ -184,13 +184,7 @@ def status(store: str, verify: bool) -> None:
 @click.option("--unlike", multiple=True, metavar="ID", help="A source that the hits should not look like; repeatable.")
 @click.option("-k", "k", type=click.IntRange(min=1), default=10, show_default=True, help="How many to find.")
 @click.option("--where", help='SQL filter on the columns, such as "mag_r < 19 AND redshift < 0.1".')
-@click.option("--cone", type=(float, float, float), metavar="RA DEC RADIUS_ARCSEC", help="Only sources in this cone.")
-@click.option(
-    "--box",
-    type=(float, float, float, float),
-    metavar="RA_MIN RA_MAX DEC_MIN DEC_MAX",
-    help="Only sources in this box (deg), eastward from RA_MIN.",
-)
+@sky_options
 @click.option(
     "--exclude-within", type=click.FloatRange(min=0), metavar="ARCSEC", help="Leave out what lies so near to the query."
 )
@@ -208,6 +202,7 @@ def search(
     where: str | None,
     cone: tuple[float, float, float] | None,
     box: tuple[float, float, float, float] | None,
+    region: str | list[list[float]] | None,
     exclude_within: float | None,
     out: Path | None,
     plot: Path | None,
@@ -228,6 +223,7 @@ def search(
         where=where,
         cone=cone,
         box=box,
+        region=region,
         exclude_within=exclude_within,
         exact=exact,
     )

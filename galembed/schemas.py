@@ -14,6 +14,9 @@ from galembed.errors import ArtifactMismatch, SchemaMismatch
 STORE_FORMAT: Final = 2
 """Version of the store's layout, written into every store."""
 
+VECTORS: Final = "vectors"
+"""`input_kind` of rows that were imported as vectors: there are no pixels and no backbone."""
+
 CONTRACT_KEY: Final = b"galembed"
 """Where a table's schema keeps the contract."""
 
@@ -121,12 +124,14 @@ def embeddings_schema(
         ),
         _field("vector", pa.list_(pa.field("item", pa.float32(), nullable=True), dim), "centred, unit norm"),
         _field("norm", pa.float32(), "length of the centred vector before normalising"),
-        _field("coverage", pa.float32(), "smallest fraction of pixels with data over the bands; 0 to 1"),
+        _field(
+            "coverage", pa.float32(), "smallest fraction of pixels with data over the bands; 0 to 1, NaN if unknown"
+        ),
         _field("fov", pa.float32(), "side of the cutout; null without a WCS", unit="arcsec", nullable=True),
         _field(
             "flags", pa.string(), "warnings about the picture: words of galembed.quality.FLAGS; empty if there is none"
         ),
-        _field("input_kind", pa.string(), "flux or display: the door this row came through"),
+        _field("input_kind", pa.string(), "flux or display: the door this row came through; vectors: imported as such"),
         _URI,
         _VERSION,
         _NEIGHBOURS,
@@ -181,7 +186,7 @@ class StoreContract:
     backbone : str
         Where the backbone was when the store was made; for queries by image.
     input_kind : str
-        ``flux`` or ``display``.
+        ``flux`` or ``display``; ``vectors`` where they were imported.
     numeric_class : str
         ``fp32``, ``fp16`` or ``int8``.
     bands : mapping of str to str

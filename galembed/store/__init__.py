@@ -24,15 +24,15 @@ from numpy.typing import NDArray
 
 from galembed.errors import ArtifactNotFound, BadRequest
 from galembed.files import is_url
+from galembed.regions import region_filter
 from galembed.schemas import FAILURES, StoreContract, answers_of, embeddings_schema
 from galembed.search import (
     HIT_COLUMNS,
     Hits,
     any_of,
     arrow_columns,
+    asked,
     box_filter,
-    check_box,
-    check_cone,
     check_where,
     cone_filter,
     unit_vector,
@@ -152,18 +152,25 @@ class Store:
         return list(columns)
 
     def condition(
-        self, where: str | None = None, cone: Sequence[float] | None = None, box: Sequence[float] | None = None
+        self,
+        where: str | None = None,
+        cone: Sequence[float] | None = None,
+        box: Sequence[float] | None = None,
+        region: Any = None,
     ) -> str | None:
-        """Return one SQL filter for what `similar` takes as three; None for all rows.
+        """Return one SQL filter for what `similar` takes as four; None for all rows.
 
         Raises
         ------
         BadRequest
             If one of them does not fit the store.
+        ArtifactNotFound, UnreadableInput
+            If a region is a path at which there is no MOC.
         """
         parts = [f"({check_where(where, self.schema.names)})"] if where is not None else []
         parts += [cone_filter(cone)] if cone is not None else []
         parts += [box_filter(box)] if box is not None else []
+        parts += [region_filter(region)] if region is not None else []
         return " AND ".join(parts) or None
 
     def batches(
@@ -184,7 +191,7 @@ class Store:
         """
         query = self.table.search().select(self.known(columns))
         if where is not None:
-            query = query.where(check_where(where, self.schema.names))
+            query = query.where(self.condition(where))
         try:
             yield from query.to_batches(batch_size=batch_size)
         except (ValueError, RuntimeError) as error:
@@ -310,6 +317,7 @@ class Store:
         where: str | None = None,
         cone: Sequence[float] | None = None,
         box: Sequence[float] | None = None,
+        region: Any = None,
         exclude_self: bool = True,
         exclude: Any = None,
         exclude_within: float | None = None,
@@ -341,6 +349,10 @@ class Store:
         box : (ra_min, ra_max, dec_min, dec_max), optional
             ICRS deg: only sources within, eastward from ra_min, so (350, 10, ...) crosses RA 0. Sources
             without a position are left out.
+        region : array_like of shape (n, 2), SkyCoord, mocpy.MOC, str or Path, optional
+            Only sources within a polygon, given by its corners (ICRS deg; great-circle edges, convex or not;
+            the smaller side), or within a MOC, given as such or by the path of its file (FITS, JSON, ASCII).
+            Sources without a position are left out.
         exclude_self : bool
             Leave out the sources that were asked about, in `to` and `unlike`.
         exclude : optional
@@ -361,12 +373,12 @@ class Store:
         Raises
         ------
         BadRequest
-            If the id, position, vector, filter, cone, box or a column does not fit the store.
+            If the id, position, vector, filter, cone, box, region or a column does not fit the store.
         ArtifactNotFound, ArtifactMismatch, UnreadableInput
-            If an image cannot be read, or embedded as the store's were.
+            If an image or a MOC cannot be read, or the image not embedded as the store's were.
         """
         names = self._hit_names(k, columns)
-        condition = self.condition(where, cone, box)
+        condition = self.condition(where, cone, box, region)
         vector, keys = self._query(to)
         others: list[tuple[str, str]] = []
         if unlike is not None:
@@ -381,7 +393,7 @@ class Store:
         if skip:
             found = found.filter(pa.array([key not in skip for key in _key_pairs(found)], pa.bool_()))
         meta = {"query": [":".join(key) for key in keys], "unlike": [":".join(key) for key in others]}
-        return self._hits(found.slice(0, int(k)), names, meta | _asked(where, cone, box))
+        return self._hits(found.slice(0, int(k)), names, meta | asked(where, cone, box, region))
 
     def similar_to_each(
         self,
@@ -391,6 +403,7 @@ class Store:
         where: str | None = None,
         cone: Sequence[float] | None = None,
         box: Sequence[float] | None = None,
+        region: Any = None,
         exclude_self: bool = True,
         columns: Sequence[str] | None = None,
         exact: bool = False,
@@ -405,7 +418,7 @@ class Store:
             One query each: ids, rows of a table with `survey` and `source_id`, or vectors.
         k : int
             How many for each; fewer come back where fewer pass the filters.
-        where, cone, box, columns, exact
+        where, cone, box, region, columns, exact
             As in `similar`.
         exclude_self : bool
             Leave out of each query's hits the source that it is.
@@ -419,17 +432,19 @@ class Store:
         Raises
         ------
         BadRequest
-            If an id, vector, filter, cone, box or a column does not fit the store.
+            If an id, vector, filter, cone, box, region or a column does not fit the store.
+        ArtifactNotFound, UnreadableInput
+            If a region is a path at which there is no MOC.
         """
         names = self._hit_names(k, columns)
-        condition = self.condition(where, cone, box)
+        condition = self.condition(where, cone, box, region)
         vectors, keys = self._queries(to)
         own = np.array([":".join(key) for key in keys], object) if exclude_self and keys else None
         count = int(k) + (own is not None)
         found = self._nearest(vectors, count, names, condition, where, exact=exact)
         found = _best_of_each(found, int(k), own)
         meta = {"query": [":".join(key) for key in keys], "unlike": []}
-        hits = self._hits(found, names, meta | _asked(where, cone, box))
+        hits = self._hits(found, names, meta | asked(where, cone, box, region))
         if "query" in hits.colnames:
             hits.rename_column("query", "catalogue_query")
         hits.add_column(found.column("query_index").to_numpy(), index=0, name="query")
@@ -626,14 +641,6 @@ def _contrast(vector: NDArray[np.float32], away: NDArray[np.float32]) -> NDArray
     if np.linalg.norm(difference) < 1e-6:
         raise BadRequest("what the hits should be like and unlike have the same direction; give other sources")
     return unit_vector(difference, len(vector))
-
-
-def _asked(where: str | None, cone: Sequence[float] | None, box: Sequence[float] | None) -> dict[str, str]:
-    return {
-        "where": where or "",
-        "cone": " ".join(map(str, check_cone(cone))) if cone is not None else "",
-        "box": " ".join(map(str, check_box(box))) if box is not None else "",
-    }
 
 
 def _key_pairs(table: pa.Table | pa.RecordBatch) -> list[tuple[str, str]]:
