@@ -190,6 +190,14 @@ def status(store: str, verify: bool) -> None:
 )
 @click.option("--out", type=_FILE, help="Write the table: .fits, .ecsv, .csv, .vot or .parquet.")
 @click.option("--plot", type=_FILE, help="Draw the hits: .png or .pdf.")
+@click.option("--report", type=_FILE, help="Write a page that stands alone: pictures, ids and links to the sky: .html.")
+@click.option(
+    "--show",
+    "shown_columns",
+    multiple=True,
+    metavar="COLUMN",
+    help="Write it under each picture of --plot and --report.",
+)
 @click.option("--samp", metavar="PROGRAM", help="Send the table to a program that runs, such as topcat; or to all.")
 @click.option("--exact", is_flag=True, help="Compare with every vector although there is an index.")
 def search(
@@ -206,6 +214,8 @@ def search(
     exclude_within: float | None,
     out: Path | None,
     plot: Path | None,
+    report: Path | None,
+    shown_columns: tuple[str, ...],
     samp: str | None,
     exact: bool,
 ) -> None:
@@ -234,8 +244,11 @@ def search(
         write_table(hits, out)
         click.echo(f"{len(hits)} rows written to {out}")
     if plot is not None:
-        hits.show(plot)
+        hits.show(plot, shown_columns)
         click.echo(f"pictures written to {plot}")
+    if report is not None:
+        hits.report(report, shown_columns)
+        click.echo(f"report written to {report}")
     if samp is not None:
         click.echo(f"{len(hits)} rows sent to {', '.join(hits.send(samp))}")
 

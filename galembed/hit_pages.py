@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from galembed.errors import BadRequest
-from galembed.pictures import Picture, cell_text, pictures_of_hits, pictures_of_query
-from galembed.search import Hits, known_columns
+from galembed.pictures import Picture, cell_text, pictures_of_hits, pictures_of_query, require_columns
+from galembed.search import Hits
 
 _QUALITY: Final = 85
 _FIELD_ARCMIN: Final = 2.0  # of the sky about a source, where it is opened
@@ -67,7 +67,7 @@ def hits_page(hits: Hits, columns: Sequence[str] = (), *, mapping: str | None = 
     BadRequest
         If one of `columns` is not in `hits`, there is no such mapping, or `hits` does not say which store it is of.
     """
-    known_columns(hits, columns)
+    require_columns(hits, columns, "hits have")
     plain = Table(hits)
     asked = [key.partition(":") for key in hits.meta.get("query", [])]
     figures = [

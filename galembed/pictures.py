@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,7 +66,7 @@ def hits_figure(hits: Hits, *, columns: Sequence[str] = (), mapping: str | None 
     ----------
     hits : Hits
     columns : sequence of str
-        Columns of `hits` to write under each similarity.
+        Columns of `hits` to write under each id and similarity.
     mapping : str, optional
         One of `galembed.mappings.MAPPINGS` to draw flux with; the backbone's own unless given. Display images are
         drawn as they are.
@@ -77,8 +78,8 @@ def hits_figure(hits: Hits, *, columns: Sequence[str] = (), mapping: str | None 
     ArtifactNotFound
         If the store has gone.
     """
-    asked, titles = _pictures_of_query(hits, mapping), _titles(hits, columns)
-    figure = mosaic([*asked, *_pictures_of_hits(hits, mapping)], ["query"] * len(asked) + titles)
+    asked, titles = pictures_of_query(hits, mapping), _titles(hits, columns)
+    figure = mosaic([*asked, *pictures_of_hits(hits, mapping)], ["query"] * len(asked) + titles)
     for axis in figure.axes[: len(asked)]:
         _frame(axis)
     return figure
@@ -102,11 +103,11 @@ def neighbours_figure(searches: Sequence[Hits], *, columns: Sequence[str] = (), 
     figure, axes = _grid(len(searches), width)
     for row, hits in enumerate(searches):
         line = axes[row * width : (row + 1) * width]
-        queries = _pictures_of_query(hits, mapping)[:1] or ["a vector"]
+        queries = pictures_of_query(hits, mapping)[:1] or ["a vector"]
         key = hits.meta["query"][0].partition(":")[2] if hits.meta.get("query") else ""
         _draw(line[0], queries[0], shortened(key) or "query")
         _frame(line[0])
-        for axis, image, title in zip(line[1:], _pictures_of_hits(hits, mapping), _titles(hits, columns), strict=False):
+        for axis, image, title in zip(line[1:], pictures_of_hits(hits, mapping), _titles(hits, columns), strict=False):
             _draw(axis, image, title)
         for axis in line[1 + len(hits) :]:
             axis.remove()
@@ -165,12 +166,14 @@ def rgb(pixels: NDArray[Any], mapping: FluxMapping = LEGACY_DR2) -> NDArray[Any]
     return np.moveaxis(np.asarray(channels), 0, -1)
 
 
-def _pictures_of_query(hits: Hits, mapping: str | None) -> list[Picture]:
+def pictures_of_query(hits: Hits, mapping: str | None = None) -> list[Picture]:
+    """Return the pictures of the sources that hits were asked for; see `pictures_of`."""
     keys = [(survey, source_id) for survey, _, source_id in (key.partition(":") for key in hits.meta.get("query", []))]
     return pictures_of(_store_of(hits), keys, mapping) if keys else []
 
 
-def _pictures_of_hits(hits: Hits, mapping: str | None) -> list[Picture]:
+def pictures_of_hits(hits: Hits, mapping: str | None = None) -> list[Picture]:
+    """Return the picture of each hit; see `pictures_of`."""
     keys = list(zip(map(str, hits["survey"]), map(str, hits["source_id"]), strict=True))
     return pictures_of(_store_of(hits), keys, mapping)
 
@@ -222,7 +225,10 @@ def _mapping(store: Store) -> FluxMapping:
 
 
 def _titles(hits: Hits, columns: Sequence[str]) -> list[str]:
-    return titles(hits, [f"{similarity:.3f}" for similarity in hits["similarity"]], columns, "hits have")
+    heads = [
+        f"{shortened(str(name))}\n{similarity:.3f}" for name, similarity in hits.iterrows("source_id", "similarity")
+    ]
+    return titles(hits, heads, columns, "hits have")
 
 
 def titles(table: Table, heads: Sequence[str], columns: Sequence[str], what: str = "table has") -> list[str]:
@@ -233,14 +239,22 @@ def titles(table: Table, heads: Sequence[str], columns: Sequence[str], what: str
     BadRequest
         If the table has no such column.
     """
+    require_columns(table, columns, what)
+    plain = Table(table)  # numbers without their units
+    return [
+        "\n".join([head, *(cell_text(row[name]) for name in columns)]) for head, row in zip(heads, plain, strict=True)
+    ]
+
+
+def require_columns(table: Table, columns: Sequence[str], what: str = "table has") -> None:
+    """Check that a table has some columns, or raise BadRequest."""
     unknown = [name for name in columns if name not in table.colnames]
     if unknown:
         raise BadRequest(f"the {what} no column {unknown[0]!r}, but {', '.join(table.colnames)}")
-    plain = Table(table)  # numbers without their units
-    return ["\n".join([head, *(_value(row[name]) for name in columns)]) for head, row in zip(heads, plain, strict=True)]
 
 
-def _value(value: Any) -> str:
+def cell_text(value: Any) -> str:
+    """Return a value for reading: numbers to four digits, the end of a long text, ``-`` for what is missing."""
     if np.ma.is_masked(value):
         return "-"
     return f"{value:.4g}" if isinstance(value, np.floating) else shortened(str(value))
@@ -251,9 +265,18 @@ def shortened(text: str, length: int = 22) -> str:
     return text if len(text) <= length else "…" + text[1 - length :]
 
 
+class _Shown(Figure):
+    """A figure that notebooks draw although pyplot has not been loaded."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=100, bbox_inches="tight", pad_inches=0.08)
+        return buffer.getvalue()
+
+
 def new_figure(width: float, height: float) -> Figure:
     """Return an empty figure, inches, that no window shows."""
-    figure = Figure(figsize=(width, height), layout="compressed")
+    figure = _Shown(figsize=(width, height), layout="compressed")
     FigureCanvasAgg(figure)
     return figure
 

@@ -128,6 +128,24 @@ class Hits(Pictured):
 
         return hits_figure(self, columns=columns)
 
+    def report(self, file: str | Path, columns: Sequence[str] = ()) -> None:
+        """Write a page (HTML) that stands alone: pictures, ids, similarities and links to the sky about each source.
+
+        Parameters
+        ----------
+        file : str or Path
+        columns : sequence of str
+            Columns of this table to write under each picture.
+
+        Raises
+        ------
+        BadRequest
+            If one of `columns` is not here, or `file` cannot be written.
+        """
+        from galembed.hit_pages import hits_page, write_page
+
+        write_page(hits_page(self, columns), file)
+
 
 # ---------------------------------------------------------------------------------------------------- filters
 

@@ -57,6 +57,7 @@ FLOORS = {
     "galembed.search": 5,
     "galembed.store": 8,
     "galembed.pictures": 9,
+    "galembed.hit_pages": 10,
     "galembed.labels": 9,
     "galembed.label_positions": 3,
     "galembed.linear": 2,
@@ -84,8 +85,12 @@ FLOORS = {
     "export": 11,
     "catalogue_jobs": 11,
 }
-# `hits.show()` draws, and drawing opens the store that made the hits: the one call upwards, made when it is called.
-UPWARD = {("galembed.search", "galembed.pictures"), ("galembed.pictures", "galembed.probes")}
+# `hits.show()` and `report()` draw, and drawing opens the store that made the hits: calls upwards, made when called.
+UPWARD = {
+    ("galembed.search", "galembed.pictures"),
+    ("galembed.search", "galembed.hit_pages"),
+    ("galembed.pictures", "galembed.probes"),
+}
 FORBIDDEN = {
     "galembed": {"training", "export", "catalogue_jobs", "dask", "distributed", "galsim", "lightning"},
     "training": {"export", "catalogue_jobs", "dask", "distributed", "lancedb", "lance"},

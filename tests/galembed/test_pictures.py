@@ -78,8 +78,14 @@ def test_hits_are_drawn_after_their_query(store, tmp_path):
     titles = [axis.get_title() for axis in figure.axes]
     assert titles[0] == "query"
     assert len(titles) == 5
-    assert titles[1].count("\n") == 2
+    assert titles[1].count("\n") == 3
+    assert titles[1].startswith("legacy-")
     assert (tmp_path / "hits.png").stat().st_size > 1000
+
+
+@pytest.mark.usefixtures("pixels")
+def test_notebooks_draw_the_figure(store):
+    assert store.similar("legacy-3", k=2).show()._repr_png_().startswith(b"\x89PNG")
 
 
 @pytest.mark.usefixtures("pixels")
