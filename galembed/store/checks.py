@@ -20,7 +20,7 @@ from galembed.schemas import FAILURES, StoreContract
 from galembed.sky import healpix_index
 from galembed.store import open_store
 from galembed.store.keys import KEY, UNIT_SEPARATOR, joined, joined_key, key_hashes, open_table, repeated_values
-from galembed.store.nearest import matrix, vector_query
+from galembed.store.nearest import matrix
 from galembed.store.places import EMBEDDINGS_TABLE, FAILURES_TABLE, at_storage, file_system, first_line, is_folder
 
 UNIT_TOLERANCE: Final = 1e-3
@@ -253,9 +253,11 @@ def _found_by_value(dataset: Any, column: str, sample: pa.ChunkedArray) -> int:
 
 def _found_by_vector(store: str | Path, sample: pa.ChunkedArray) -> int:
     opened = open_store(store)
-    kind = next(iter(opened.vector_indexes().values()))
-    query = vector_query(opened.table, matrix(sample), 1, None, opened.index_search(kind))
-    near = query.select(["_distance"]).to_arrow()
+    way = opened.index_search(next(iter(opened.vector_indexes().values())))
+    vectors = matrix(sample)
+    nearest = {"column": "vector", "q": vectors if len(vectors) > 1 else vectors[0], "k": 1, "metric": "cosine"}
+    nearest |= {"nprobes": way.nprobes, "ef": way.ef, "refine_factor": way.refine}
+    near = opened.dataset.to_table(["_distance"], nearest=nearest)
     return int((near.column("_distance").to_numpy() <= UNIT_TOLERANCE).sum())
 
 
