@@ -26,7 +26,6 @@ from galembed.errors import BadRequest
 MESSAGE: Final = "table.load.votable"
 EVERYONE: Final = "all"
 
-_OURSELVES: Final = "galembed"
 _HUB_SECONDS: Final = 10.0  # for what a hub answers by itself
 
 
@@ -87,7 +86,9 @@ class _Hub:
         self.patience = _Patience()
         self._proxy = ServerProxy(url, transport=self.patience)
         self._key = ""
-        self._key = self.call("register", secret)["samp.private-key"]
+        registered = self.call("register", secret)
+        self._key = registered["samp.private-key"]
+        self.no_programs = {registered["samp.hub-id"], registered["samp.self-id"]}
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Return a hub's answer to one of its methods."""
@@ -107,7 +108,7 @@ def _hub() -> Iterator[_Hub]:
     except (KeyError, OSError, Error) as error:  # a lock file may outlive its hub
         raise BadRequest(absent) from error
     try:
-        hub.call("declareMetadata", {"samp.name": _OURSELVES})
+        hub.call("declareMetadata", {"samp.name": "galembed"})
         yield hub
         hub.call("unregister")
     except TimeoutError as error:
@@ -140,9 +141,8 @@ def _lock_file() -> dict[str, str]:
 
 def _receivers(hub: _Hub, to: str | None) -> dict[str, str]:
     """Return id and name of the programs to send to."""
-    described = {client: hub.call("getMetadata", client) for client in hub.call("getRegisteredClients")}
-    names = {client: str(facts.get("samp.name") or client) for client, facts in described.items()}
-    names = {client: name for client, name in names.items() if name not in ("Hub", _OURSELVES)}
+    clients = [client for client in hub.call("getRegisteredClients") if client not in hub.no_programs]
+    names = {client: str(hub.call("getMetadata", client).get("samp.name") or client) for client in clients}
     everyone = to is None or to.casefold() == EVERYONE
     asked = {client: name for client, name in names.items() if everyone or str(to).casefold() in name.casefold()}
     takes = hub.call("getSubscribedClients", MESSAGE)

@@ -24,7 +24,7 @@ def store(tmp_path_factory):
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A lock file that is this test's alone."""
-    monkeypatch.setenv("SAMP_HUB", f"std-lockurl:{tmp_path / 'samp'}")
+    monkeypatch.setenv("SAMP_HUB", f"std-lockurl:{(tmp_path / 'samp').as_uri()}")
     monkeypatch.setattr(conf, "use_internet", False)
     return tmp_path / "samp"
 
