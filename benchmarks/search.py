@@ -18,9 +18,9 @@ An engine with a knob for thoroughness (faiss's HNSW, chromadb) is turned up for
 can go no further. Rivals are installed into environments of their own under --work with pip. Building and searching are
 processes of their own, and a round is a search process of each engine in turn. Memory is the most that such a process
 has: anonymous, which nothing else can use, and mapped from files, which the page cache can take back. The 0.95 quantile
-is over the queries of a round, the first twenty or more where those take 10 s. One that takes more time or memory than
-it may is stopped, and that is its result.
---only runs some engines and keeps what was measured of the others before.
+is over the queries of a round: all, or the first twenty or more where those take 10 s. One that takes more time or
+memory than it may is stopped, and that is its result. --only runs some engines and keeps what was measured of the
+others before.
 
 --ours-only leaves the rivals out and their vectors unwritten; --half stores float16. Truth is found by the way, a part
 of the rows after the other.

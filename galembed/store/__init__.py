@@ -515,10 +515,13 @@ class Store:
         """Return the nearest rows to each of many vectors, with `_distance` and `query_index`, by which they come."""
         settings = self.index_search(self._index_kind) if self._index_kind and not exact else None
         try:
-            if settings is None or scan_is_faster(self.dataset, len(vectors), count, condition, settings):
+            total = self.dataset.count_rows()
+            passing = self.dataset.count_rows(condition) if settings and condition else total
+            if settings is None or scan_is_faster(passing, total, len(vectors), count, settings):
                 rows, distance = nearest_rows(self.dataset, vectors, count, condition)
             else:
-                rows, distance = indexed_rows(self.dataset, self.table, vectors, count, condition, settings)
+                share = passing / total
+                rows, distance = indexed_rows(self.dataset, self.table, vectors, count, condition, settings, share)
         except (ValueError, RuntimeError, OSError) as error:
             raise _refused(where, error) from error
         query, place = np.nonzero(np.isfinite(distance))

@@ -193,11 +193,12 @@ def _ways(kind: str, rows: int) -> Iterator[IndexSearch]:
 
 @dataclass(frozen=True)
 class _Questions:
-    """Stored vectors, and how far their 10th nearest row truly is, among those that pass a filter."""
+    """Stored vectors, and how far their 10th nearest row truly is, among those that pass a filter, a share of all."""
 
     rows: NDArray[np.uint64]
     vectors: NDArray[np.float32]
     condition: str | None
+    share: float
     reach: NDArray[np.float32]
     there: NDArray[np.intp]
 
@@ -215,14 +216,13 @@ def _tuned(store: Store, kind: str, recall: float) -> IndexSearch:
     part = None
     if len(cells):
         part = _questions(store, numbers, vectors, f"_healpix_29 <= {int(np.quantile(cells, 0.1))}")
-    passing = store.table.count_rows(part.condition) / rows if part is not None else 0.0
     for way in _ways(kind, rows):
         settings = replace(
             way,
             target=recall,
             recall=_found(store, everything, way),
             recall_filtered=_found(store, part, way) if part is not None else None,
-            passing=passing,
+            passing=part.share if part is not None else 0.0,
             queries=len(chosen),
             rows=rows,
         )
@@ -238,14 +238,16 @@ def _questions(
     others = np.sort(np.where(found == rows[:, None], np.inf, distance), axis=1)[:, :_K]
     there = np.isfinite(others).sum(axis=1)
     reach = np.where(there, others[np.arange(len(others)), np.maximum(there, 1) - 1], -np.inf)
-    return _Questions(rows, vectors, condition, reach.astype(np.float32), there)
+    share = store.dataset.count_rows(condition) / len(store)
+    return _Questions(rows, vectors, condition, share, reach.astype(np.float32), there)
 
 
 def _found(store: Store, questions: _Questions, way: IndexSearch) -> float:
     """Return the share of the true nearest that a way finds; rows as near as the last of them count."""
     if not questions.there.any():
         return 1.0
-    rows, distance = indexed_rows(store.dataset, store.table, questions.vectors, _K + 1, questions.condition, way)
+    condition, share = questions.condition, questions.share
+    rows, distance = indexed_rows(store.dataset, store.table, questions.vectors, _K + 1, condition, way, share)
     near = (distance <= questions.reach[:, None] + _TIE) & (rows != questions.rows[:, None])
     counts = np.minimum(near.sum(axis=1), questions.there)
     return float(counts.sum() / questions.there.sum())

@@ -56,9 +56,13 @@ class IndexSearch:
     queries: int = 0
     rows: int = 0
 
-    def probes(self, count: int) -> int:
-        """Return the partitions to look into for so many hits: as many for each ten as were found to do for ten."""
-        return self.nprobes * max(1, math.ceil(count / 10))
+    def probes(self, count: int, share: float = 1.0) -> int:
+        """Return the partitions to look into for so many hits among a share of the rows.
+
+        As many for each eleven as were found to do for eleven, ten and the query itself; the nearest among a tenth
+        of the rows are spread as ten times as many among all.
+        """
+        return math.ceil(self.nprobes * max(1.0, count / (11 * max(share, 1e-6))))
 
     def candidates(self, count: int) -> int:
         """Return how many rows to compare exactly for so many hits."""
@@ -87,14 +91,26 @@ def matrix(column: pa.ChunkedArray | pa.Array) -> NDArray[np.float32]:
     return np.asarray(flat.reshape(-1, column.type.list_size), dtype=np.float32)
 
 
-def scan_is_faster(dataset: Any, queries: int, count: int, condition: str | None, settings: IndexSearch) -> bool:
-    """Tell whether comparing with every row that passes takes no longer than searching by the index.
+def scan_is_faster(passing: int, rows: int, queries: int, count: int, settings: IndexSearch) -> bool:
+    """Tell whether comparing with every row that passes a filter is faster than searching by the index.
 
-    A candidate costs as much as eight rows that are read in passing; a query of many costs as much as a hundred,
-    and with a filter, which Lance applies for each anew, several times that.
+    Parameters
+    ----------
+    passing, rows : int
+        Rows that pass, and all rows.
+    queries, count : int
+    settings : IndexSearch
+
+    Notes
+    -----
+    In microseconds, as measured on two cores with vectors of 640 numbers: a row takes 5 to read in passing, 10 by a
+    filter, 13 as a candidate, and 0.15 to compare; the index takes 1,500 a query, and applies the filter anew for
+    each.
     """
-    rows = dataset.count_rows(condition if queries > 1 else None)
-    return bool(rows < max(8 * settings.candidates(count), 100 * (queries - 1)))
+    filtered = passing < rows
+    scan = passing * ((10 if filtered else 5) + 0.15 * queries)
+    index = 1500 + 13 * settings.candidates(count) + (3000 + 0.04 * rows if filtered else 0)
+    return scan < queries * index
 
 
 def indexed_rows(
@@ -104,8 +120,11 @@ def indexed_rows(
     count: int,
     condition: str | None,
     settings: IndexSearch,
+    share: float = 1.0,
 ) -> tuple[NDArray[np.uint64], NDArray[np.float32]]:
     """Return the nearest rows to each of many vectors that the index finds; see `nearest_rows`.
+
+    `share` is that of the rows that pass `condition`.
 
     The index gives candidates, which are compared exactly here: Lance could do that too, and takes longer. All rows
     are compared for queries that the index finds less than `count` for.
@@ -115,7 +134,9 @@ def indexed_rows(
     step = max(1, min(_QUERIES, _CANDIDATES // settings.candidates(count)))
     for start in range(0, len(vectors), step):
         part = vectors[start : start + step]
-        query, numbers = _candidates(dataset, part, count, condition, settings)
+        query, numbers = _candidates(dataset, part, count, condition, settings, share)
+        if not len(numbers):
+            continue
         unique, at = np.unique(numbers, return_inverse=True)
         there = matrix(_taken(dataset, table, unique, ["vector"]).column("vector"))
         there = there / np.linalg.norm(there, axis=1, keepdims=True)
@@ -132,12 +153,12 @@ def indexed_rows(
 
 
 def _candidates(
-    dataset: Any, vectors: NDArray[np.float32], count: int, condition: str | None, settings: IndexSearch
+    dataset: Any, vectors: NDArray[np.float32], count: int, condition: str | None, settings: IndexSearch, share: float
 ) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
     """Return rows that the index thinks near: the number of the query that each is for, and Lance's of the row."""
     wanted = settings.candidates(count)
     nearest = {"column": "vector", "q": vectors if len(vectors) > 1 else vectors[0], "k": wanted, "metric": "cosine"}
-    nearest |= {"nprobes": settings.probes(count), "ef": max(settings.ef, wanted)}
+    nearest |= {"nprobes": settings.probes(count, share), "ef": max(settings.ef, wanted)}
     found = dataset.to_table(["_distance"], condition, nearest=nearest, prefilter=True, with_row_id=True)
     rows = found.column("_rowid").to_numpy()
     # Lance does not number the queries where there is one.
