@@ -233,7 +233,8 @@ def _read_parquet(kind: type[T], file: Path) -> T | None:
     note = (pq.read_schema(file).metadata or {}).get(_NOTE.encode())
     if note is None:
         return None
-    return kind(arrow_columns(pq.read_table(file)), copy=False, meta=json.loads(note)["meta"])
+    found: T = kind(arrow_columns(pq.read_table(file)), copy=False, meta=json.loads(note)["meta"])
+    return found
 
 
 def _votable_note(file: Path, table_id: Any) -> str | None:
@@ -247,13 +248,15 @@ def _votable_note(file: Path, table_id: Any) -> str | None:
 def _restored(kind: type[T], table: Table, note: str | None) -> T:
     if note is None:
         table.convert_bytestring_to_unicode()
-        return kind(table, copy=False)
+        plain: T = kind(table, copy=False)
+        return plain
     kept = json.loads(note)
     columns = [
         _as_it_was(column, missing=name in kept["missing"], boolean=name in kept["booleans"])
         for name, column in Table(table).columns.items()
     ]
-    return kind(columns, copy=False, meta=kept["meta"])
+    found: T = kind(columns, copy=False, meta=kept["meta"])
+    return found
 
 
 def _as_it_was(column: Column, *, missing: bool, boolean: bool) -> Column:
