@@ -248,15 +248,15 @@ def _votable_note(file: Path, table_id: Any) -> str | None:
 def _restored(kind: type[T], table: Table, note: str | None) -> T:
     if note is None:
         table.convert_bytestring_to_unicode()
-        same: T = kind(table, copy=False)
-        return same
+        plain: T = kind(table, copy=False)
+        return plain
     kept = json.loads(note)
     columns = [
         _as_it_was(column, missing=name in kept["missing"], boolean=name in kept["booleans"])
         for name, column in Table(table).columns.items()
     ]
-    restored: T = kind(columns, copy=False, meta=kept["meta"])
-    return restored
+    found: T = kind(columns, copy=False, meta=kept["meta"])
+    return found
 
 
 def _as_it_was(column: Column, *, missing: bool, boolean: bool) -> Column:
