@@ -20,7 +20,9 @@ import resource, sys
 from galembed.cli import main
 main(sys.argv[1:], standalone_mode=False)
 usage = resource.getrusage(resource.RUSAGE_SELF)
-print(f"cpu {usage.ru_utime + usage.ru_stime:.1f} peak {usage.ru_maxrss / 2**20:.2f}")
+# ru_maxrss would be that of the process which started this one, where that was larger.
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(f"cpu {usage.ru_utime + usage.ru_stime:.1f} peak {peak / 2**20:.2f}")
 """
 
 
