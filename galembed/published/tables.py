@@ -164,7 +164,8 @@ def open_published(
     if CONTRACT_KEY in (first.metadata or {}):
         if vector or columns or carry is not None or name or source:
             raise BadRequest(
-                f"{paths[0]} was written by `galembed export-parquet` and says itself which column is what"
+                f"{paths[0]} was written by `galembed export-parquet` and says itself which column is what; "
+                "give its files alone"
             )
         _require_alike(paths, first)
         return Published(
