@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from galembed.options import COLUMNS, parse_bands, parse_pairs, recognised, sky_options, source_options
+from galembed.options import COLUMNS, parse_bands, parse_pairs, recognised, sky_options, source_options, where_option
 
 _FILE = click.Path(path_type=Path)
 
@@ -183,7 +183,7 @@ def status(store: str, verify: bool) -> None:
 @click.option("--image", type=_FILE, help="A picture or FITS cutout of the kind that the store was made from.")
 @click.option("--unlike", multiple=True, metavar="ID", help="A source that the hits should not look like; repeatable.")
 @click.option("-k", "k", type=click.IntRange(min=1), default=10, show_default=True, help="How many to find.")
-@click.option("--where", help='SQL filter on the columns, such as "mag_r < 19 AND redshift < 0.1".')
+@where_option
 @sky_options
 @click.option(
     "--exclude-within", type=click.FloatRange(min=0), metavar="ARCSEC", help="Leave out what lies so near to the query."
