@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import sys
 import tempfile
 import warnings
@@ -38,7 +37,7 @@ import pyarrow.parquet as pq
 from photutils.aperture import CircularAperture
 from photutils.morphology import data_properties, gini
 from PIL import Image
-from real_neighbours import METHODS, NEIGHBOURS, own_class, purity, purity_tables, same_galaxies, table_of
+from real_neighbours import METHODS, NEIGHBOURS, kept, own_class, purity, purity_tables, same_galaxies, table_of
 from real_nuisances import nuisance_page
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
@@ -248,13 +247,6 @@ def score(features: np.ndarray, labels: np.ndarray, components: int = 0) -> tupl
         inner.fit(features[train], labels[train])
         scores.append(balanced_accuracy_score(labels[test], inner.predict(features[test])))
     return float(np.mean(scores)), float(np.std(scores))
-
-
-def kept(path: Path, make: Callable[[], Any]) -> Any:
-    """Return what `make` gives, as JSON keeps it; what an earlier run kept at `path` if there is such."""
-    if not path.exists():
-        path.write_text(json.dumps(make()), encoding="utf-8")
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def features(table: pa.Table, crop: float, runtime: Runtime, untrained: list[Runtime], size: int) -> dict[str, Any]:

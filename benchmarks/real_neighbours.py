@@ -1,10 +1,13 @@
 """Neighbour purity: how many of a galaxy's nearest neighbours are of its own class, beside chance.
 
-For `real_labels.py`.
+For `real_labels.py`, with what it shares with `real_nuisances.py`.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,13 @@ from galembed.neighbours import nearest_others
 METHODS = ("this backbone", "untrained network", "PCA of pixels", "hand-made features")
 NEIGHBOURS = 10
 RESAMPLES = 2000
+
+
+def kept(path: Path, make: Callable[[], Any]) -> Any:
+    """Return what `make` gives, as JSON keeps it; what an earlier run kept at `path` if there is such."""
+    if not path.exists():
+        path.write_text(json.dumps(make()), encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def same_galaxies(images: np.ndarray, names: list[str]) -> np.ndarray:

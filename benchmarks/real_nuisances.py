@@ -13,7 +13,7 @@ import io
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +23,11 @@ from astropy.io import fits
 from astropy.stats import sigma_clip
 from astropy.table import Table
 from PIL import Image
-from real_neighbours import NEIGHBOURS, interval, purity, table_of
+from real_neighbours import NEIGHBOURS, interval, kept, purity, table_of
 
 import galembed
 from galembed.probes import nuisance_report
-from galembed.probes.nuisances import NuisanceReport
+from galembed.probes.nuisances import Nuisance, NuisanceReport
 from galembed.store import matrix
 
 MEASURED = ("sky_noise", "sky_level", "noise_grain", "light_radius")
@@ -183,7 +183,11 @@ def report(case: Case, backbone: str, store: Path) -> NuisanceReport:
     command = ["embed", case.source, *case.options, "--store", store, "--workers", "1", "--quiet"]
     command += [] if backbone == "builtin" else ["--backbone", backbone]
     subprocess.run([sys.executable, "-m", "galembed", *map(str, command)], check=True, stdout=sys.stderr)
-    return nuisance_report(galembed.open(store), case.columns, where=case.where)
+    name = f"{store.stem}{'-some' if case.where else ''}.json"
+    found = kept(
+        store.parent / name, lambda: asdict(nuisance_report(galembed.open(store), case.columns, where=case.where))
+    )
+    return NuisanceReport(**{**found, "nuisances": tuple(Nuisance(**one) for one in found["nuisances"])})
 
 
 def report_section(title: str, found: NuisanceReport, untrained: NuisanceReport | None) -> str:

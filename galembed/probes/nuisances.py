@@ -285,9 +285,11 @@ def _nearness(
     both = np.isfinite(mine) & np.isfinite(theirs)
     if not both.any():
         return float("nan")
-    mine, theirs, others = mine[both], theirs[both], values[rng.choice(known, int(both.sum()))]
+    mine, theirs = mine[both], theirs[both]
     if kind == CLASSIFICATION:
-        return float((mine == theirs).mean() / max((mine == others).mean(), 1e-12))
+        shares = np.bincount(values[known].astype(np.intp)) / len(known)
+        return float((mine == theirs).mean() / shares[mine.astype(np.intp)].mean())
+    others = values[rng.choice(known, len(mine))]
     return float(np.abs(mine - theirs).mean() / np.abs(mine - others).mean())
 
 
