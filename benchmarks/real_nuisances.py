@@ -33,7 +33,8 @@ from galembed.store import matrix
 MEASURED = ("sky_noise", "sky_level", "noise_grain", "light_radius")
 SDSS = ("run", "camcol", *MEASURED, "petro_r90")
 BRICK = ("depth_g", "snr_g", "blob_size")
-DECALS_PIXEL_ARCSEC = 0.262
+SIDE = 96
+BRICK_PIXEL_ARCSEC = 0.262
 
 SAME_KIND = {2: 0, 3: 1, 4: 2, 5: 4, 6: 4, 7: 4, 8: 3, 9: 3}
 """Classes of Galaxy10 DECaLS, and the nearest of gz2_kaggle_5class."""
@@ -127,22 +128,25 @@ def two_surveys(data: Path) -> pa.Table:
 
 
 def brick_catalogue(brick: Path) -> Table:
-    """Return the brick's blobs that have data, with depth (mag, 5 sigma of a pixel) and log10 of S/N and of pixels."""
+    """Return the brick's blobs that have data, with depth (mag, 5 sigma of a pixel) and log10 of S/N and of pixels.
+
+    The weight is the median of the pixels that the backbone is shown: that of the source's own pixels falls with its
+    brightness.
+    """
     blobs = Table.read(brick / "derived-blob-catalogue-0959p805.fits")
     weight = fits.getdata(brick / "legacysurvey-0959p805-invvar-g.fits.fz", 1)
-    x, y = (np.clip(np.round(blobs[name]).astype(int), 0, weight.shape[0] - 1) for name in ("x_pix0", "y_pix0"))
-    blobs["weight"] = weight[y, x].astype(float)
+    blobs["weight"] = [
+        np.median(box[box > 0]) if (box > 0).any() else 0.0
+        for box in (
+            weight[max(y - SIDE // 2, 0) : y + SIDE // 2, max(x - SIDE // 2, 0) : x + SIDE // 2]
+            for x, y in np.round(np.column_stack([blobs["x_pix0"], blobs["y_pix0"]])).astype(int)
+        )
+    ]
     blobs = blobs[(blobs["weight"] > 0) & (blobs["flux_g_nanomaggy"] > 0)]
     blobs["depth_g"] = 22.5 - 2.5 * np.log10(5 / np.sqrt(blobs["weight"]))
     blobs["snr_g"] = np.log10(blobs["flux_g_nanomaggy"] * np.sqrt(blobs["weight"] / blobs["npix"]))
     blobs["blob_size"] = np.log10(blobs["npix"])
-    return Table(
-        [
-            np.asarray(blobs[name], float) if name != "blob_id" else blobs[name]
-            for name in ("blob_id", "ra", "dec", *BRICK)
-        ],
-        names=("blob_id", "ra", "dec", *BRICK),
-    )
+    return Table({"blob_id": blobs["blob_id"], **{name: np.asarray(blobs[name]) for name in ("ra", "dec", *BRICK)}})
 
 
 def prepare(data: Path, work: Path) -> list[Case]:
@@ -162,7 +166,7 @@ def prepare(data: Path, work: Path) -> list[Case]:
     brick = data / "fits" / "legacysurvey_dr6_brick"
     brick_catalogue(brick).write(work / "brick.fits", overwrite=True)
     blobs = ("--catalogue", str(work / "brick.fits"), "--column", "id=blob_id", "--bands", "g")
-    blobs += ("--fov", f"{96 * DECALS_PIXEL_ARCSEC:.2f}")
+    blobs += ("--fov", f"{SIDE * BRICK_PIXEL_ARCSEC:.2f}")
     whole, centre = ("--crop", "1", *carry(*SDSS, "label")), ("--crop", "0.5", *carry(*SDSS, "label"))
     both = ("--crop", "0.5", *carry("taken_by", *MEASURED, "label"))
     return [
@@ -250,8 +254,9 @@ it over random sources (1 = no closer); of classes, how often they share it over
   galaxy's size, so grain goes with how large it is on the sky.
 - `petro_r90`: radius in arcsec, of the few galaxies that a table here has it for.
 - `taken_by`: the survey. Classes as in gz2_kaggle_5class, three SDSS galaxies drawn for each of DECaLS.
-- `depth_g`, `snr_g`, `blob_size`: 5 sigma depth of a pixel (mag), log10 of the signal to noise and of the pixels of a
-  blob, by the brick's weight map and blobs; galaxies and stars.
+- `depth_g`, `snr_g`, `blob_size`: 5 sigma depth of a pixel (mag, median of the cutout), log10 of the signal to noise
+  and of the pixels of a blob, by the brick's weight map and blobs; galaxies and stars. Its depth hardly varies: 90% of
+  the blobs lie within 0.05 mag.
 
 Not measured, for want of data: seeing and E(B-V) (the only brick has one value of each), depth of more than one brick,
 and brick. There are seven readable cutouts of the Legacy Surveys besides; the tractor and sweep tables have six rows

@@ -75,7 +75,7 @@ def test_what_is_not_in_the_vectors_is_chance(reports: dict[str, NuisanceReport]
 
 
 def test_how_often_neighbours_share_a_class_is_beside_its_shares_and_no_draw(tmp_path: Path) -> None:
-    """A rare class: a draw of random sources would scatter. All sources are asked about, so the seed changes nothing."""
+    """A rare class: a draw of random sources would scatter. As all sources are asked about, seeds change nothing."""
     store = make(tmp_path / "s", 0.0, field=np.where(np.arange(COUNT) % 50 == 0, "a", "b"))
     first, second = (nuisance_report(store, ["field"], seed=seed).nuisances[0].nearness for seed in (0, 1))
     assert first == second
