@@ -333,8 +333,8 @@ Balanced accuracy, five folds.
 
 Purity@{NEIGHBOURS}: the share of a galaxy's {NEIGHBOURS} nearest neighbours (cosine) that are of its own class, with
 95% intervals by bootstrap over galaxies. Vectors as a store keeps them; the baselines' features standardised. The
-galaxy itself, equal pictures and equal ids are left out (galaxies that are there again: {left_out}); of positions only
-the rings' are known, and no two of these lie within 300 arcsec.
+galaxy itself, equal pictures and equal ids are left out (galaxies that are there again: {left_out}); of the rings
+positions are known too, and no two lie within 300 arcsec.
 
 Chance is what random neighbours give: for a class its share of the set. The mean over galaxies is ruled by common
 classes; the mean over classes counts each the same, and its chance is the mean share. Lift: this backbone over chance.
