@@ -173,14 +173,15 @@ def suggest(
 @probe.command("nuisance")
 @click.argument("store")
 @click.option("--columns", multiple=True, metavar="COLUMN", help="Column to look at, or `tile`; repeatable.")
+@_WHERE
 @click.option("--seed", type=int, default=0, show_default=True, help="Of sample, folds and shuffles.")
 @_REPORT
-def nuisance(store: str, columns: tuple[str, ...], seed: int, report: Path | None) -> None:
+def nuisance(store: str, columns: tuple[str, ...], where: str | None, seed: int, report: Path | None) -> None:
     """Measure what the vectors of STORE tell of survey, tile, seeing, depth, extinction and signal to noise."""
     from galembed.probes import nuisance_report
     from galembed.store import open_store
 
-    _tell_text(str(nuisance_report(open_store(store), columns, seed=seed)), report)
+    _tell_text(str(nuisance_report(open_store(store), columns, where=where, seed=seed)), report)
 
 
 def _tell(scores: Report, store: Store, report: Path | None, plot: Path | None, details: Path | None) -> None:
