@@ -173,7 +173,7 @@ def suggest(
 @probe.command("nuisance")
 @click.argument("store")
 @click.option("--columns", multiple=True, metavar="COLUMN", help="Column to look at, or `tile`; repeatable.")
-@_WHERE
+@where_option
 @click.option("--seed", type=int, default=0, show_default=True, help="Of sample, folds and shuffles.")
 @_REPORT
 def nuisance(store: str, columns: tuple[str, ...], where: str | None, seed: int, report: Path | None) -> None:
