@@ -283,13 +283,7 @@ def one_run(number: int, job: Job, folder: Path, cluster: Cluster | None, seed: 
         tally.spared += 1
         shutil.rmtree(store)
         return False
-    assert job.alone is not None
-    found = differences(store, job.alone)
-    if any("orphan" in difference for difference in found):
-        # A worker whose nanny is gone may end its task after the job has ended; the next run is to clean up.
-        tally.late += 1
-        run_once(job, store, folder, *extra)
-        found = differences(store, job.alone)
+    found = settled(job, store, folder, tally, *extra)
     for difference in found:
         tally.found(f"{name}: {difference}, after {hits}")
     tally.hits.update(hits)
@@ -298,6 +292,20 @@ def one_run(number: int, job: Job, folder: Path, cluster: Cluster | None, seed: 
     if not found:
         shutil.rmtree(store)
     return True
+
+
+def settled(job: Job, store: Path, folder: Path, tally: Tally, *extra: str) -> list[str]:
+    """Return how a store differs from that of the run left alone.
+
+    A worker without its nanny, or one that slept, may end its task after the job has: the same command cleans up then.
+    """
+    assert job.alone is not None
+    found = differences(store, job.alone)
+    if any("orphan" in difference for difference in found):
+        tally.late += 1
+        run_once(job, store, folder, *extra)
+        found = differences(store, job.alone)
+    return found
 
 
 def end_of(process: subprocess.Popen[bytes], log: Path) -> str | None:
@@ -505,7 +513,6 @@ def two_jobs(jobs: Sequence[Job], folder: Path, tally: Tally, rng: np.random.Gen
 def asleep(jobs: Sequence[Job], folder: Path, tally: Tally, rng: np.random.Generator) -> Iterator[str]:
     """A job that sleeps longer than its lease, while another takes over, commits nothing when it wakes up."""
     job = jobs[int(rng.integers(len(jobs)))]
-    assert job.alone is not None
     store = folder / "store-asleep"
     shutil.rmtree(store, ignore_errors=True)
     logs = [folder / f"log-{place}" for place in range(2)]
@@ -527,7 +534,7 @@ def asleep(jobs: Sequence[Job], folder: Path, tally: Tally, rng: np.random.Gener
         tally.found(f"asleep, {job.name}: nobody could take over ({late!r})")
     if woken is None or "Traceback" in woken or "lost its lease" not in woken:
         tally.found(f"asleep, {job.name}: the sleeper woke up and said {woken!r}")
-    for problem in differences(store, job.alone):
+    for problem in settled(job, store, folder, tally):
         tally.found(f"asleep, {job.name}: {problem}")
     yield f"a job asleep, {job.name}: at first {early!r}; then another took over; the sleeper said {woken!r}"
 
