@@ -19,7 +19,9 @@ from galembed.backbones import load_backbone
 from galembed.cutouts import Cutout
 from galembed.errors import BadRequest, GalembedError
 from galembed.mappings import LEGACY_DR2, FluxMapping, named_mapping
+from galembed.schemas import THUMBNAIL
 from galembed.store import Store, open_store
+from galembed.thumbnails import image_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -185,22 +187,26 @@ def _store_of(hits: Hits) -> Store:
 
 
 def pictures_of(store: Store, keys: list[tuple[str, str]], name: str | None = None) -> list[Picture]:
-    """Return the picture of each source, or why there is none, cut again from the files that the store names.
+    """Return the picture of each source, or why there is none: the store's own, or cut again from the source's files.
 
     Parameters
     ----------
     store : Store
     keys : list of (survey, source_id)
     name : str, optional
-        Of a mapping; the backbone's own unless given.
+        Of a mapping, which takes the files; the backbone's own unless given.
 
     Returns
     -------
     list of ndarray, shape (y, x, 3), or str
     """
     mapping = named_mapping(name) if name else _mapping(store)
-    rows = store.rows(keys, _PICTURE_COLUMNS)
-    found = {
+    found: dict[tuple[str, str], Picture] = {}
+    if store.contract.thumbnails and not name:
+        kept = store.rows(keys, ["survey", "source_id", THUMBNAIL.name]).to_pylist()
+        found = {(row["survey"], row["source_id"]): image_of(row["thumbnail"]) for row in kept if row["thumbnail"]}
+    rows = store.rows([key for key in keys if key not in found], _PICTURE_COLUMNS)
+    found |= {
         (survey, source_id): _picture(cut, mapping)
         for survey, source_id, cut in zip(
             rows.column("survey").to_pylist(),

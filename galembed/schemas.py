@@ -37,6 +37,13 @@ _NEIGHBOURS = _field(
 )
 _PARTITION = _field("partition", pa.string(), "unit of work that wrote this row: cell and hash of its keys")
 
+THUMBNAIL: Final = _field(
+    "thumbnail", pa.binary(), "JPEG of the cutout, top row first; where the store keeps them", nullable=True
+)
+
+THUMBNAIL_BYTES: Final = 2000
+"""About what one takes."""
+
 SOURCES: Final = pa.schema(
     [
         _SURVEY,
@@ -103,7 +110,7 @@ def embeddings_schema(
     values : mapping of str to str, optional
         Those of `answers` that are numbers, with their units; named by `value_column`.
     contract : StoreContract, optional
-        Written into the schema's metadata.
+        Written into the schema's metadata; says whether there is a `thumbnail`.
     """
     predictions = [_prediction(answer, (values or {}).get(answer)) for answer in answers]
     fields = [
@@ -130,6 +137,7 @@ def embeddings_schema(
         _NEIGHBOURS,
         _field("engine", pa.string(), "runtime and digest of the engine that made the vector"),
         _PARTITION,
+        *([THUMBNAIL] if contract and contract.thumbnails else []),
         *carried,
         *predictions,
     ]
@@ -194,6 +202,8 @@ class StoreContract:
         Survey of the first rows: a name, or the path and digest of its description.
     fov : str
         The user's field of view (``30`` arcsec, ``gz_decals``); empty for the backbone's own rule.
+    thumbnails : int
+        Side in pixels of the picture kept with each row; 0 where there are none.
     """
 
     embedding_id: str
@@ -206,6 +216,7 @@ class StoreContract:
     source: str = ""
     survey: str = ""
     fov: str = ""
+    thumbnails: int = 0
     format: int = STORE_FORMAT
 
     def to_json(self) -> str:
@@ -254,6 +265,7 @@ class StoreContract:
             ("bands", "all rows of a store use the same bands"),
             ("crop", "all rows of a store use the same centre crop"),
             ("fov", "all rows of a store use the same field of view"),
+            ("thumbnails", "a store keeps pictures of all its sources, of one size, or of none"),
         ):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:

@@ -61,6 +61,10 @@ def _column(field: pa.Field, values: pa.Array) -> Column:
     common = {"name": field.name, "unit": unit, "description": metadata.get("doc") or None}
     if pa.types.is_fixed_size_list(field.type):
         return Column(values.flatten().to_numpy(zero_copy_only=False).reshape(len(values), -1), **common)
+    if pa.types.is_binary(field.type):
+        data = values.fill_null(b"").to_numpy(zero_copy_only=False)
+        missing = values.is_null().to_numpy(zero_copy_only=False)
+        return MaskedColumn(data, mask=missing, **common) if values.null_count else Column(data, **common)
     text = pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
     if not values.null_count:
         data = values.to_numpy(zero_copy_only=False)

@@ -44,6 +44,7 @@ FLOORS = {
     "galembed.surveys": 4,
     "galembed.catalogues": 2,
     "galembed.cutouts": 2,
+    "galembed.thumbnails": 3,
     "galembed.backbones": 3,
     "galembed.network": 4,
     "galembed.engines": 4,

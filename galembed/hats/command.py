@@ -13,7 +13,7 @@ import click
 @click.option(
     "--columns",
     metavar="NAME,NAME,...",
-    help="Columns besides keys, position and vector, by commas.  [default: all]",
+    help="Columns besides keys, position and vector, by commas.  [default: all but thumbnail]",
 )
 @click.option("--where", help='SQL filter on the columns, such as "mag_r < 19 AND redshift < 0.1".')
 @click.option(

@@ -27,7 +27,7 @@ from galembed.errors import ArtifactMismatch, BadRequest, GalembedError, Storage
 from galembed.hats import PARTITION_COLUMNS, open_hats
 from galembed.hats.cells import Cell, count_bins, cut_cells, runs_of
 from galembed.progress import progress
-from galembed.schemas import StoreContract
+from galembed.schemas import THUMBNAIL, THUMBNAIL_BYTES, StoreContract
 from galembed.search import check_where
 from galembed.store import Store
 
@@ -97,7 +97,7 @@ def export_hats(
     out : str or Path
         Folder to make.
     columns : sequence of str, optional
-        Columns besides keys, position and vector; all without it.
+        Columns besides keys, position and vector; all but `thumbnail` without it.
     where : str, optional
         Only these rows, as in `Store.similar`.
     rows_per_pixel : int
@@ -171,7 +171,8 @@ def _schema(store: Store, columns: Sequence[str] | None, *, vectors: bool) -> pa
     unknown = [name for name in columns or () if name not in names]
     if unknown:
         raise BadRequest(f"the store has no column {unknown[0]!r}; it has {', '.join(names)}")
-    kept = set(names if columns is None else (*columns, "vector")) | set(_ALWAYS)
+    everything = [name for name in names if name != THUMBNAIL.name]
+    kept = set(everything if columns is None else (*columns, "vector")) | set(_ALWAYS)
     if not vectors:
         kept.discard("vector")
     filed = sorted((PARTITION_COLUMNS - {_INDEX}) & kept)
@@ -183,7 +184,9 @@ def _schema(store: Store, columns: Sequence[str] | None, *, vectors: bool) -> pa
 def _row_bytes(schema: pa.Schema) -> int:
     """Return about how much memory a row takes."""
     wide = (field.type for field in schema if pa.types.is_fixed_size_list(field.type))
-    return 48 * len(schema) + sum(int(dtype.list_size) * int(dtype.value_type.bit_width) // 8 for dtype in wide)
+    pictures = THUMBNAIL_BYTES * (THUMBNAIL.name in schema.names)
+    vectors = sum(int(dtype.list_size) * int(dtype.value_type.bit_width) // 8 for dtype in wide)
+    return 48 * len(schema) + vectors + pictures
 
 
 def _both(where: str | None, condition: str) -> str:

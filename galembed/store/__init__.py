@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from galembed.errors import ArtifactNotFound, BadRequest
 from galembed.files import is_url
-from galembed.schemas import FAILURES, StoreContract, answers_of, embeddings_schema
+from galembed.schemas import FAILURES, THUMBNAIL, StoreContract, answers_of, embeddings_schema
 from galembed.search import (
     HIT_COLUMNS,
     Hits,
@@ -50,7 +50,7 @@ from galembed.store.status import Status
 POSITION_TOLERANCE_ARCSEC: Final = 5.0
 """How far the source may lie from a position that is asked about."""
 
-_OWN_COLUMNS = frozenset(embeddings_schema(1).names)
+_OWN_COLUMNS = frozenset([*embeddings_schema(1).names, THUMBNAIL.name])
 _CHUNK = 500  # ids per SQL filter
 _QUERIES = 256  # vectors in one call of LanceDB's batch search
 _CONES = 50  # cones per SQL filter

@@ -33,6 +33,7 @@ from galembed.fidelity import Tolerance
 from galembed.schemas import SOURCES
 from galembed.sources import SourceList
 from galembed.store import commit as committing
+from galembed.store.checks import verify
 from galembed.store.commit import Lease
 from tests.catalogue_jobs.fakes import FakeReader, source_table
 from tests.catalogue_jobs.script import COUNT, FAILING
@@ -486,3 +487,35 @@ def test_interrupted_then_killed_then_run_again(store: Path, tiny_backbone: Back
 def test_schema_of_sources_is_the_readers() -> None:
     assert FakeReader(1).sources().table.select(SOURCES.names).schema.equals(SOURCES)
     assert isinstance(source_table(1), pa.Table)
+
+
+def thumbnails(store: Path) -> dict[str, bytes | None]:
+    table = galembed.open(store).table.search().select(["source_id", "thumbnail"]).limit(1000).to_arrow()
+    return dict(zip(table["source_id"].to_pylist(), table["thumbnail"].to_pylist(), strict=True))
+
+
+def test_a_store_keeps_thumbnails_of_all_or_of_none(job: Any, store: Path) -> None:
+    job(FakeReader(20, empty=("g3",)), thumbnails=True)
+    before = thumbnails(store)
+    assert all(data is not None and data.startswith(b"\xff\xd8") for data in before.values())
+    job(FakeReader(30, empty=("g3",), changed=("g7",)))  # not asked for again
+    after = thumbnails(store)
+    assert sorted(after) == names(set(range(30)) - {3})
+    assert all(after.values())
+    assert {name for name, data in before.items() if after[name] != data} == {"g7"}
+    assert verify(store).ok
+    assert job(FakeReader(30, empty=("g3",), changed=("g7",)), thumbnails=True).planned == 0
+
+
+def test_thumbnails_cannot_be_asked_for_later(job: Any, store: Path) -> None:
+    job(FakeReader(5))
+    with pytest.raises(ArtifactMismatch, match=r"was made without thumbnails.*leave --thumbnails out"):
+        job(FakeReader(6), thumbnails=True)
+    assert "thumbnail" not in galembed.open(store).schema.names
+
+
+def test_forecast_counts_thumbnails(store: Path, tiny_backbone: Backbone) -> None:
+    without, kept = (
+        run.forecast(FakeReader(1000), store, backbone=tiny_backbone, thumbnails=asked) for asked in (False, True)
+    )
+    assert kept.disk_needed - without.disk_needed == 2 * 1000 * 2000
