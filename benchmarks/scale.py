@@ -46,7 +46,12 @@ BRICK = 1200
 MARGIN_DEG = 0.003
 WARM = 2_000
 ROLES = ("client", "scheduler", "nanny", "worker")
-ALONE = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+ALONE = {
+    **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
+    # As docs/clusters.md has it for schedulers and workers that are started by hand.
+    "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False",
+    "DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH": "20",
+}
 
 
 def make_material(work: Path) -> None:

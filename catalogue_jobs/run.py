@@ -44,7 +44,7 @@ from galembed.runtimes import open_runtime
 from galembed.runtimes.batches import AUTO
 from galembed.schemas import SOURCES, THUMBNAIL, StoreContract, embeddings_schema
 from galembed.sources import SourceReader
-from galembed.store.commit import Finished, prepare, prune, store_schema, tidy, upsert_failures
+from galembed.store.commit import Finished, prepare, prune, store_schema, sweep, tidy, upsert_failures
 from galembed.store.keys import keys
 from galembed.store.lease import Lease
 from galembed.store.places import resolve
@@ -60,6 +60,13 @@ _QUEUED: Final = 2
 
 _DEATHS: Final = 2
 """Worker deaths that a partition may cause, beyond the first, before it is halved."""
+
+_OF_LOCAL_CLUSTERS: Final = {
+    "distributed.scheduler.allowed-failures": _DEATHS,
+    # What Dask keeps for its developers grows for hours: a profile of each second, and all messages, rows and all.
+    "distributed.worker.profile.enabled": False,
+    "distributed.admin.low-level-log-length": 20,
+}
 
 _SMALLEST_PARTITION: Final = 64
 """A small job is cut finer than asked, down to this, so that every worker has some of it."""
@@ -155,8 +162,8 @@ def embed(
         withdrawn = todo.withdrawn if prune_withdrawn else todo.withdrawn.slice(0, 0)
         _check_prune(store, todo, withdrawn)
         if stored is not None and not any(map(len, (todo.table, todo.rejected, withdrawn))):
-            if stored.repeated:
-                tidy(store, lease)
+            # A worker that outlived its job may have ended its task, and left its file, after the job had tidied.
+            (tidy if stored.repeated else sweep)(store, lease)
             return account.report()
         schema = _schema(backbone, source, sources.table.schema, precision, pictures)
         _check_disk(store, todo.table, schema)
@@ -342,7 +349,7 @@ def _client(scheduler: str | None, workers: int | None, rows: int) -> Iterator[C
             yield client
         return
     with (
-        dask.config.set({"distributed.scheduler.allowed-failures": _DEATHS}),
+        dask.config.set(_OF_LOCAL_CLUSTERS),
         _local_cluster(workers or _local_workers(rows)) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):

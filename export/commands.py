@@ -45,6 +45,8 @@ def export(
         raise click.UsageError("--sm says which GPUs --trt builds for; give --trt too")
     if trt and (verify or calibrate):
         raise click.UsageError("--trt proves on the backbone's own samples; leave --verify and --calibrate out")
+    if calibrate and "int8" not in precisions:
+        raise click.UsageError("--calibrate is for --precision int8; give that too, or leave it out")
     chosen = load_backbone(backbone)
     if trt:
         from export.tensorrt import export_tensorrt

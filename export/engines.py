@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
-from export.int8 import METHODS, calibrate, node_families, quantise
+from export.int8 import Quantiser
 from export.onnx import write_graph
 from export.trials import Evidence
 from galembed.backbones import Backbone, file_digest
@@ -31,6 +31,8 @@ FORMATS: Final = {"fp32": ("onnx",), "fp16": ("onnx", "torch"), "bf16": ("torch"
 _TOOLS: Final = ("torch", "timm", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")
 _FEW_IMAGES: Final = 250
 _FEW_SEARCHED: Final = 1000
+_SLOW_IN_INT8: Final = ("depthwise",)
+"""Layers that ONNX Runtime takes longer for in int8 than in float32; they are sensitive besides."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,12 @@ class ExportReport:
         0 for torch in fewer bits, which has no file of its own.
     tried : mapping of str to Fidelity
         All that was tried, by the layer families left in float32.
-    sensitivity : mapping of str to Fidelity
-        With nothing and with each family alone in float32, on a part of the images; empty where it was not needed.
     """
 
     record: EngineRecord
     fidelity: Fidelity
     megabytes: float
     tried: dict[str, Fidelity] = field(default_factory=dict)
-    sensitivity: dict[str, Fidelity] = field(default_factory=dict)
 
     def __str__(self) -> str:
         size = f" ({self.megabytes:.1f} MB)" if self.megabytes else ""
@@ -139,40 +138,44 @@ class _Workshop:
         self.evidence, self.tolerance, self.folder, self.quiet = evidence, tolerance, folder, quiet
         self.name = f"{engine_format}-{precision}"
         self.settings: dict[str, object] = {"proved_on": evidence.sources}
+        self.few = evidence.trial.part(_FEW_IMAGES, _FEW_SEARCHED)
         self.tried: dict[str, Fidelity] = {}
-        self.sensitivity: dict[str, Fidelity] = {}
         self._make: Callable[[tuple[str, ...]], Path | None] = self._graph if engine_format == "onnx" else self._nothing
         if precision == "int8":
             self._make = self._int8()
 
     def export(self) -> ExportReport:
-        """Install the first engine that is good enough."""
-        for kept in self._attempts():
+        """Install the first engine that is good enough, with more and more layers in float32, the cheapest first."""
+        always, families = self._families()
+        for count in range(max(1, len(families))):
+            kept = (*always, *families[:count])
             candidate = self.build(kept)
+            if self._hopeless(candidate, kept):
+                continue
             fidelity = self.tried[_words(kept)] = self.compared(candidate, self.evidence.trial, kept)
             if not self.tolerance.faults(fidelity):
                 return self.installed(candidate, fidelity)
             logger.info("%s: %s", self.name, "; ".join(self.tolerance.faults(fidelity)))
-        raise EmbeddingDrift(self._refusal())
+        raise EmbeddingDrift(self._refusal(always, families))
 
-    def _attempts(self) -> Iterator[tuple[str, ...]]:
-        """Yield what is to stay in float32: nothing, then more and more, the cheapest first."""
-        yield ()
+    def _hopeless(self, candidate: _Candidate, kept: tuple[str, ...]) -> bool:
+        """Return whether an engine fails on a part of the images by what a part can tell: among fewer it is easier."""
+        if len(self.few.truth.norms) == len(self.evidence.trial.truth.norms):
+            return False
+        found = self.tried[_words(kept)] = self.compared(candidate, self.few, kept)
+        return found.overlap < self.tolerance.overlap or not found.closeness >= self.tolerance.cosine_p1
+
+    def _families(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return what is left in float32 in any case, and what can be, the smallest share of the products first."""
         if self.precision == "fp32":
-            return
+            return (), ()
         costs = family_costs(load_network(self.backbone), self.backbone.contract.size)
         if self.precision == "int8":
             costs.pop("norm", None)  # is in float32 in any case
         else:
             costs = {BETWEEN: costs.pop("norm", 0.0)} | costs  # norms alone gain nothing: what they give is rounded
-        if len(costs) < 2:
-            return
-        few = self.evidence.trial.part(_FEW_IMAGES, _FEW_SEARCHED)
-        for kept in ((), *((family,) for family in costs)):
-            self.sensitivity[_words(kept)] = self.compared(self.build(kept), few, kept)
-        ranked = sorted(costs, key=lambda family: costs[family])
-        for count in range(1, len(ranked)):
-            yield tuple(ranked[:count])
+        always = tuple(family for family in _SLOW_IN_INT8 if self.precision == "int8" and family in costs)
+        return always, tuple(sorted(costs.keys() - set(always), key=lambda family: costs[family]))
 
     def compared(self, candidate: _Candidate, trial: Trial, kept: Sequence[str]) -> Fidelity:
         """Compare an engine with torch."""
@@ -212,7 +215,7 @@ class _Workshop:
         record = replace(candidate.record, fidelity=fidelity.to_dict())
         report = install(record, candidate.file, self.backbone)
         file = report.with_name(record.file) if record.file else None
-        return ExportReport(record, fidelity, file.stat().st_size / 1e6 if file else 0.0, self.tried, self.sensitivity)
+        return ExportReport(record, fidelity, file.stat().st_size / 1e6 if file else 0.0, self.tried)
 
     def _nothing(self, kept: tuple[str, ...]) -> None:
         return None
@@ -223,38 +226,34 @@ class _Workshop:
         return file
 
     def _int8(self) -> Callable[[tuple[str, ...]], Path]:
-        """Find the ranges by every method, choose one by the fidelity that it gives, and return what quantises."""
-        graph, file = self.folder / "fp32.onnx", self.folder / f"{self.name}.onnx"
-        opset = write_graph(self.backbone, graph)
-        families = node_families(graph, self.backbone)
+        """Find the ranges, and return what quantises."""
+        graph, file = self.folder / "rows.onnx", self.folder / f"{self.name}.onnx"
+        opset = write_graph(self.backbone, graph, rows=True)
         (kind, images), *_ = self.evidence.calibration.items()
         self.settings |= {"opset": opset, "calibration_images": len(images)}
-        few = self.evidence.trial.part(_FEW_IMAGES, _FEW_SEARCHED)
-        chosen: dict[str, float] = {}
+        quantiser = Quantiser(graph, self.backbone, images, kind)
 
-        def made_by(method: str) -> Callable[[tuple[str, ...]], Path]:
-            def make(kept: tuple[str, ...]) -> Path:
-                quantise(graph, file, families, method, self.folder / f"{method}.json", kept)
-                return file
+        def make(kept: tuple[str, ...]) -> Path:
+            quantiser.write(file, kept)
+            return file
 
-            return make
+        return make
 
-        for method in METHODS:
-            calibrate(graph, images, kind, method, self.folder / f"{method}.json")
-            self._make = made_by(method)
-            chosen[method] = compare(self.build(()).runtime, few).closeness
-        best = max(chosen, key=lambda method: chosen[method])
-        self.settings |= {"calibration": best, "cosine_median_by_calibration": chosen}
-        return made_by(best)
-
-    def _refusal(self) -> str:
-        text = self.tolerance.refusal(self.tried[_words(())], self.name)
-        if not self.sensitivity:
+    def _refusal(self, always: Sequence[str], families: Sequence[str]) -> str:
+        """Return why nothing is installed, with what each family alone in float32 gives where that is of use."""
+        text = self.tolerance.refusal(next(iter(self.tried.values())), self.name)
+        if len(families) < 2:
             return text
-        found = {f"{name}, {one.images:,} images": one for name, one in self.sensitivity.items()} | self.tried
-        rows = "\n".join(f"  {name:<44} {one.cosine_p1:>9.6f} {one.overlap:>8.4f}" for name, one in found.items())
+        found = dict(self.tried)
+        for family in families[1:]:
+            kept = (*always, family)
+            found[_words(kept)] = self.compared(self.build(kept), self.few, kept)
+        rows = "\n".join(
+            f"  {f'{name}, {one.images:,} images':<52} {one.cosine_p1:>9.6f} {one.overlap:>8.4f}"
+            for name, one in found.items()
+        )
         return (
-            f"{text}. What was left in float32, and what that gave:\n  {'':<44} {'cosine p1':>9} {'overlap':>8}\n{rows}"
+            f"{text}. What was left in float32, and what that gave:\n  {'':<52} {'cosine p1':>9} {'overlap':>8}\n{rows}"
         )
 
 

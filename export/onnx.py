@@ -13,6 +13,7 @@ from typing import Final
 import numpy as np
 import torch
 
+from export.rows import with_rows
 from galembed.backbones import Backbone
 from galembed.precision import lower
 from galembed.runtimes.torch import load_network
@@ -20,7 +21,9 @@ from galembed.runtimes.torch import load_network
 _MAX_BATCH: Final = 4096
 
 
-def write_graph(backbone: Backbone, path: Path, *, precision: str = "fp32", kept: Collection[str] = ()) -> int:
+def write_graph(
+    backbone: Backbone, path: Path, *, precision: str = "fp32", kept: Collection[str] = (), rows: bool = False
+) -> int:
     """Write a backbone's ONNX graph; return its opset.
 
     Inputs ``flux`` and ``display``, outputs ``vector``, ``norm`` and ``predictions``, as
@@ -34,6 +37,8 @@ def write_graph(backbone: Backbone, path: Path, *, precision: str = "fp32", kept
         ``fp32``, ``fp16`` or ``bf16``; see `galembed.precision.lower`.
     kept : collection of str
         Layer families that stay in float32.
+    rows : bool
+        Whether linear layers are to be ``Gemm``; see `export.rows.with_rows`.
     """
     size = backbone.contract.size
     rng = np.random.default_rng(0)
@@ -46,8 +51,9 @@ def write_graph(backbone: Backbone, path: Path, *, precision: str = "fp32", kept
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
+            network = load_network(backbone)
             program = torch.onnx.export(
-                lower(load_network(backbone), precision, kept),
+                lower(with_rows(network) if rows else network, precision, kept),
                 (flux, display),
                 dynamo=True,
                 dynamic_shapes=shapes,

@@ -123,11 +123,9 @@ def _cutouts(
 ) -> tuple[NDArray[Any], set[str]]:
     """Return up to `count` cutouts in the order of their hashed ids, on disk, and their keys."""
     table = reader.sources().table
-    names = [
-        f"{survey}/{name}"
-        for survey, name in zip(table["survey"].to_pylist(), table["source_id"].to_pylist(), strict=True)
-    ]
-    order = sorted(range(len(names)), key=lambda at: hashlib.sha256(names[at].encode()).digest())
+    columns = [table[name].to_pylist() for name in ("survey", "source_id", "ra", "dec")]
+    names = [f"{survey}/{name} at {ra} {dec}" for survey, name, ra, dec in zip(*columns, strict=True)]
+    order = sorted(range(len(names)), key=lambda at: hashlib.sha256(names[at].split(" at ")[0].encode()).digest())
     order = [at for at in order if names[at] not in (taken or ())]
     size = backbone.contract.size
     dtype = np.float32 if reader.kind == "flux" else np.uint8

@@ -105,6 +105,90 @@ class _Columns:
     positions: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """Which columns of a table file are read, and what for.
+
+    Attributes
+    ----------
+    parts : mapping of str to tuple of str
+        Columns of ``id``, ``ra``, ``dec``, ``size`` and ``r90``, as far as they are there.
+    carried : mapping of str to str
+        Our name of each column to carry.
+    units : mapping of str to str
+        Unit of each column with one value per row; "" without.
+    """
+
+    parts: Mapping[str, tuple[str, ...]]
+    carried: Mapping[str, str]
+    units: Mapping[str, str]
+
+    @property
+    def names(self) -> list[str]:
+        """Columns to read."""
+        return list(dict.fromkeys([*(name for names in self.parts.values() for name in names), *self.carried]))
+
+    def convert(self, table: pa.Table) -> pa.Table:
+        """Return what `read_catalogue` does, of rows that have the columns `names`."""
+        arrays: list[Any] = []
+        fields: list[pa.Field] = []
+        for part, names in self.parts.items():
+            if part == "id":
+                arrays.append(_join_ids([table[name] for name in names], names))
+            else:
+                arrays.append(_numbers(table[names[0]], names[0], self.units[names[0]], _UNITS[part]))
+            fields.append(_field("source_id" if part == "id" else part, arrays[-1], _UNITS.get(part, "")))
+        for name, our_name in self.carried.items():
+            arrays.append(_tidy(table[name], name))
+            fields.append(_field(our_name, arrays[-1], self.units[name]))
+        return pa.table(arrays, schema=pa.schema(fields))
+
+
+def choose_columns(
+    file: str | Path,
+    units: Mapping[str, str],
+    *,
+    columns: Mapping[str, str],
+    carry: Sequence[str],
+    parts: Iterable[str] = ("id", "ra", "dec"),
+) -> Chosen:
+    """Return which columns of a table are read; see `read_catalogue`, whose errors these are.
+
+    Parameters
+    ----------
+    file : str or Path
+        For messages.
+    units : mapping of str to str
+        Unit of each column with one value per row, in the table's order.
+    columns, carry
+        As in `read_catalogue`; nothing is carried unasked.
+    parts : iterable of str
+        Parts to look for; the id must be there.
+    """
+    source = _Columns(units, lambda names: pa.table({}))
+    wanted = set(parts)
+    found = {part: names for part, names in _choose_parts(source, columns, Path(file)).items() if part in wanted}
+    if "id" not in found:
+        raise BadRequest(_how_to_name("id", source, Path(file)))
+    used = {name for part in ("ra", "dec") for name in found.get(part, ())}
+    chosen = _choose_carried(source, carry, used, Path(file), unasked=False)
+    return Chosen(found, chosen, units)
+
+
+def table_units(file: str | Path) -> dict[str, str]:
+    """Return the unit of each column of a Parquet file that has one value per row ("" without), in its order.
+
+    Raises
+    ------
+    ArtifactNotFound
+        If there is no such file.
+    UnreadableInput
+        If it is no Parquet file.
+    """
+    with _reading(Path(file)):
+        return dict(_parquet_columns([str(file)]).units)
+
+
 def read_table(path: str | Path) -> Table:
     """Read a whole table file, or a HATS folder.
 
@@ -177,19 +261,8 @@ def read_catalogue(
         if lacking:
             raise BadRequest(_how_to_name(lacking[0], source, path))
         carried = _choose_carried(source, carry, {name for part in _UNITS for name in parts.get(part, ())}, path)
-        table = source.read(list(dict.fromkeys([*(name for names in parts.values() for name in names), *carried])))
-        arrays: list[Any] = []
-        fields: list[pa.Field] = []
-        for part, names in parts.items():
-            if part == "id":
-                arrays.append(_join_ids([table[name] for name in names], names))
-            else:
-                arrays.append(_numbers(table[names[0]], names[0], source.units[names[0]], _UNITS[part]))
-            fields.append(_field("source_id" if part == "id" else part, arrays[-1], _UNITS.get(part, "")))
-        for name, our_name in carried.items():
-            arrays.append(_tidy(table[name], name))
-            fields.append(_field(our_name, arrays[-1], source.units[name]))
-    return pa.table(arrays, schema=pa.schema(fields))
+        chosen = Chosen(parts, carried, source.units)
+        return chosen.convert(source.read(chosen.names))
 
 
 def source_ids(table: Table, column: str | None = None) -> pa.Array | None:
@@ -541,13 +614,15 @@ def _how_to_name(part: str, source: _Columns, path: Path) -> str:
     )
 
 
-def _choose_carried(source: _Columns, carry: Sequence[str], used: set[str], path: Path) -> dict[str, str]:
+def _choose_carried(
+    source: _Columns, carry: Sequence[str], used: set[str], path: Path, *, unasked: bool = True
+) -> dict[str, str]:
     """Return the columns to carry, in the table's order, and our name of each."""
     asked = {_named(source, name, "to carry", path) for name in carry}
     reserved = {"source_id", *_UNITS}
     chosen: dict[str, str] = {}
     for name in source.units:
-        if name in used or not (name in asked or CARRIED.fullmatch(name)):
+        if name in used or not (name in asked or (unasked and CARRIED.fullmatch(name))):
             continue
         ours = name.lstrip("# ").lower().replace(".", "_")  # LanceDB reads a dot as a path into a struct
         rival = next((other for other, theirs in chosen.items() if theirs == ours), None)

@@ -32,8 +32,12 @@ COMMANDS: Final = {
     "duplicates": ("galembed.explore_commands", "Find objects that are in a store more than once."),
     "map": ("galembed.explore_commands", "Draw a store as a map: like beside like."),
     "probe": ("galembed.probe_commands", "Learn classes, numbers or votes from a few labels, for a whole store."),
+    "import": ("galembed.published.commands", "Make a store of published embeddings."),
+    "export-parquet": ("galembed.published.commands", "Write a store as Parquet files, to publish."),
     "migrate": ("galembed.migrate_command", "Move a store to another backbone, probes and all."),
     "export-hats": ("galembed.hats.command", "Write a store as a HATS catalogue, for lsdb."),
+    "compact": ("galembed.commands", "Merge a store's small files and remove its old versions."),
+    "rollback": ("galembed.commands", "List a store's versions, or go back to one."),
     "status": ("galembed.commands", "Say what a store holds."),
 }
 """Name of each command, the module that has it, and its line in the help; kept here so that help loads nothing."""
@@ -50,7 +54,8 @@ class LazyGroup(click.Group):
         """Import and return a command, or None if there is none of that name."""
         if cmd_name not in COMMANDS:
             return None
-        command = getattr(importlib.import_module(COMMANDS[cmd_name][0]), cmd_name.replace("-", "_"))
+        module = importlib.import_module(COMMANDS[cmd_name][0])
+        command = getattr(module, cmd_name.replace("-", "_"), None) or getattr(module, f"{cmd_name}_command")
         assert isinstance(command, click.Command)
         return command
 

@@ -1,4 +1,4 @@
-"""Commands on questions, sources and stores: questions, surveys, look, index, search, status.
+"""Commands on questions, sources and stores: questions, surveys, look, index, compact, rollback, search, status.
 
 Heavy imports are inside.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from galembed.options import COLUMNS, parse_bands, parse_pairs, recognised, source_options
+from galembed.options import COLUMNS, parse_bands, parse_pairs, recognised, sky_options, source_options
 
 _FILE = click.Path(path_type=Path)
 
@@ -122,6 +122,45 @@ def index(store: str, kind: str, recall: float) -> None:
 
 @click.command()
 @click.argument("store")
+@click.option(
+    "--keep",
+    type=click.FloatRange(min=0),
+    default=1.0,
+    show_default=True,
+    metavar="HOURS",
+    help="How long a version stays after another took its place, for those who have it open; 0 if nobody reads.",
+)
+def compact(store: str, keep: float) -> None:
+    """Merge small files of STORE, drop rows that were replaced, fold new rows into the indexes, remove old versions.
+
+    No vector changes, and a job goes on afterwards as before. An older store is brought to the present format.
+    """
+    from datetime import timedelta
+
+    from galembed.store import compaction
+
+    click.echo(str(compaction.compact(store, keep=timedelta(hours=keep))))
+
+
+@click.command()
+@click.argument("store")
+@click.argument("version", type=int, required=False)
+def rollback(store: str, version: int | None) -> None:
+    """List the versions of STORE; with VERSION, make both of its tables what they were then.
+
+    It can be undone, and the same `galembed embed` embeds again what was taken away. Versions that
+    `galembed compact` removed are gone.
+    """
+    from galembed.store import history
+
+    if version is None:
+        click.echo(history.history_text(history.history(store)))
+    else:
+        click.echo(str(history.rollback(store, version)))
+
+
+@click.command()
+@click.argument("store")
 @click.option("--verify", is_flag=True, help="Read all of it: each source once, every file there, all vectors sound.")
 def status(store: str, verify: bool) -> None:
     """Say what STORE holds: sources, failures by reason, backbone, engines, index; and how its job stands."""
@@ -145,13 +184,7 @@ def status(store: str, verify: bool) -> None:
 @click.option("--unlike", multiple=True, metavar="ID", help="A source that the hits should not look like; repeatable.")
 @click.option("-k", "k", type=click.IntRange(min=1), default=10, show_default=True, help="How many to find.")
 @click.option("--where", help='SQL filter on the columns, such as "mag_r < 19 AND redshift < 0.1".')
-@click.option("--cone", type=(float, float, float), metavar="RA DEC RADIUS_ARCSEC", help="Only sources in this cone.")
-@click.option(
-    "--box",
-    type=(float, float, float, float),
-    metavar="RA_MIN RA_MAX DEC_MIN DEC_MAX",
-    help="Only sources in this box (deg), eastward from RA_MIN.",
-)
+@sky_options
 @click.option(
     "--exclude-within", type=click.FloatRange(min=0), metavar="ARCSEC", help="Leave out what lies so near to the query."
 )
@@ -177,6 +210,7 @@ def search(
     where: str | None,
     cone: tuple[float, float, float] | None,
     box: tuple[float, float, float, float] | None,
+    region: str | list[list[float]] | None,
     exclude_within: float | None,
     out: Path | None,
     plot: Path | None,
@@ -199,6 +233,7 @@ def search(
         where=where,
         cone=cone,
         box=box,
+        region=region,
         exclude_within=exclude_within,
         exact=exact,
     )

@@ -94,6 +94,8 @@ def duplicates(
     similarity: float = 0.98,
     where: str | None = None,
     cone: Sequence[float] | None = None,
+    box: Sequence[float] | None = None,
+    region: Any = None,
     prefer: Sequence[str] = (),
     seed: int = 0,
     show: Show | None = None,
@@ -108,7 +110,7 @@ def duplicates(
         position too (pictures); for near-identical vectors.
     similarity : float
         Least cosine of a pair, from -1 (any pair within the radius) to 1.
-    where, cone
+    where, cone, box, region
         As in `Store.similar`.
     prefer : sequence of str
         Surveys whose sources are kept rather than others', the first rather than the second.
@@ -145,7 +147,7 @@ def duplicates(
     if not -1 <= similarity <= 1:
         raise BadRequest(f"--similarity is a cosine, from -1 to 1, got {similarity:g}")
     tell = show or silent
-    condition = row_filter(store, where, cone)
+    condition = row_filter(store, where, cone, box, region)
     rows, ra, dec = _positions(store, condition)
     unlike, exact = 0, True
     if radius is not None:

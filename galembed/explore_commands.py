@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from galembed.options import sky_options
+
 if TYPE_CHECKING:
     from astropy.table import Table
 
@@ -14,9 +16,6 @@ _SHOWN = 40  # rows of groups
 
 _FILE = click.Path(path_type=Path)
 _WHERE = click.option("--where", help='Only the sources that pass, such as "mag_r < 19 AND redshift < 0.1".')
-_CONE = click.option(
-    "--cone", type=(float, float, float), metavar="RA DEC RADIUS_ARCSEC", help="Only sources in this cone."
-)
 _SEED = click.option("--seed", type=int, default=0, show_default=True, help="Of what is drawn at random.")
 
 
@@ -32,7 +31,7 @@ _SEED = click.option("--seed", type=int, default=0, show_default=True, help="Of 
 )
 @click.option("--k", "k", type=click.IntRange(min=1), default=10, show_default=True, help="Of knn.")
 @_WHERE
-@_CONE
+@sky_options
 @click.option("--unflagged", is_flag=True, help="Leave out sources with flags, which are often artefacts.")
 @click.option("--neighbours", type=click.IntRange(min=0), default=0, help="Add the ids of so many nearest neighbours.")
 @_SEED
@@ -45,6 +44,8 @@ def novel(
     k: int,
     where: str | None,
     cone: tuple[float, float, float] | None,
+    box: tuple[float, float, float, float] | None,
+    region: str | list[list[float]] | None,
     unflagged: bool,
     neighbours: int,
     seed: int,
@@ -69,6 +70,8 @@ def novel(
             k=k,
             where=where,
             cone=cone,
+            box=box,
+            region=region,
             unflagged=unflagged,
             neighbours=neighbours,
             seed=seed,
@@ -89,7 +92,7 @@ def novel(
 @click.option("--similarity", type=float, default=0.98, show_default=True, help="Least cosine of a pair, -1 to 1.")
 @click.option("--similarity-only", is_flag=True, help="Whatever the position, and without one: near-identical vectors.")
 @_WHERE
-@_CONE
+@sky_options
 @click.option("--prefer", multiple=True, metavar="SURVEY", help="Keep this survey's source; repeatable, in order.")
 @_SEED
 @click.option("--out", type=_FILE, help="Write the sources in groups: .fits, .ecsv, .csv, .vot or .parquet.")
@@ -103,6 +106,8 @@ def duplicates(
     similarity_only: bool,
     where: str | None,
     cone: tuple[float, float, float] | None,
+    box: tuple[float, float, float, float] | None,
+    region: str | list[list[float]] | None,
     prefer: tuple[str, ...],
     seed: int,
     out: Path | None,
@@ -128,6 +133,8 @@ def duplicates(
             similarity=similarity,
             where=where,
             cone=cone,
+            box=box,
+            region=region,
             prefer=prefer,
             seed=seed,
             show=show,
@@ -155,7 +162,7 @@ def duplicates(
 @click.option("--thumbnails", is_flag=True, help="Draw the sources themselves, one in each cell of a grid.")
 @click.option("--sample", type=click.IntRange(min=4), default=50_000, show_default=True, help="Sources to fit it on.")
 @_WHERE
-@_CONE
+@sky_options
 @_SEED
 @click.option("--table", type=_FILE, help="Write survey, source_id, x and y of every source: .parquet.")
 def map(
@@ -167,6 +174,8 @@ def map(
     sample: int,
     where: str | None,
     cone: tuple[float, float, float] | None,
+    box: tuple[float, float, float, float] | None,
+    region: str | list[list[float]] | None,
     seed: int,
     table: Path | None,
 ) -> None:
@@ -187,6 +196,8 @@ def map(
             sample=sample,
             where=where,
             cone=cone,
+            box=box,
+            region=region,
             seed=seed,
             table=table,
             show=show,

@@ -83,6 +83,8 @@ def make_map(
     sample: int = 50_000,
     where: str | None = None,
     cone: Sequence[float] | None = None,
+    box: Sequence[float] | None = None,
+    region: Any = None,
     seed: int = 0,
     table: str | Path | None = None,
     show: Show | None = None,
@@ -99,7 +101,7 @@ def make_map(
         Column to keep for the picture: numbers, booleans or text.
     sample : int
         Sources that the map is fitted on, drawn at random.
-    where, cone
+    where, cone, box, region
         As in `Store.similar`.
     seed : int
         Of the sample and of umap.
@@ -135,7 +137,7 @@ def make_map(
     unit = _check_colour(store, colour)
     umap = _umap() if method == "umap" else None
     tell = show or silent
-    condition = row_filter(store, where, cone)
+    condition = row_filter(store, where, cone, box, region)
     drawn = draw_sample(store, sample, seed=seed, condition=condition)
     if drawn.total < 4:
         raise BadRequest(f"{drawn.total} source(s) of {store.path} pass the filters; a map needs at least 4")

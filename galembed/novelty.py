@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from astropy.table import Column
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from galembed.errors import BadRequest
 from galembed.progress import Show
 from galembed.scans import BATCH, Sample, draw_sample, row_filter, row_numbers, scan, silent, take
-from galembed.search import HIT_COLUMNS, Pictured, arrow_columns, check_cone
+from galembed.search import HIT_COLUMNS, Pictured, arrow_columns, asked
 from galembed.store import Store, matrix, open_store
 from galembed.store.nearest import nearest_rows
 
@@ -43,8 +43,8 @@ class Novel(Pictured):
     `galembed.quality.FLAGS`: what is likely an artefact), then the store's carried columns; missing values are masked.
     With neighbours asked for, `neighbour_1` ... hold ids that `Store.similar` takes.
 
-    `meta` holds `store`, `method`, `k`, `where` and `cone` as asked, `rows` (sources compared), `typical` (the median
-    score of random sources, for comparison) and `at_most` (see `novel`).
+    `meta` holds `store`, `method`, `k`, `where`, `cone`, `box` and `region` as asked, `rows` (sources compared),
+    `typical` (the median score of random sources, for comparison) and `at_most` (see `novel`).
     """
 
     def _drawn(self, columns: Sequence[str]) -> Figure:
@@ -86,6 +86,8 @@ def novel(
     k: int = 10,
     where: str | None = None,
     cone: Sequence[float] | None = None,
+    box: Sequence[float] | None = None,
+    region: Any = None,
     unflagged: bool = False,
     neighbours: int = 0,
     columns: Sequence[str] | None = None,
@@ -105,7 +107,7 @@ def novel(
         ``forest``: the score of an isolation forest, 0 to 1, about 0.4 to 0.5 for ordinary sources.
     k : int
         Of ``knn``.
-    where, cone
+    where, cone, box, region
         As in `Store.similar`. Sources outside are neither scored nor compared with.
     unflagged : bool
         Leave out sources with flags. They are shown otherwise: an artefact looks like little else.
@@ -151,7 +153,7 @@ def novel(
     extra = store.carried if columns is None else store.known(columns)
     names = list(dict.fromkeys([*HIT_COLUMNS, "flags", *extra]))
     tell = show or silent
-    condition = row_filter(store, where, cone, unflagged=unflagged)
+    condition = row_filter(store, where, cone, box, region, unflagged=unflagged)
     sample = draw_sample(store, SAMPLE, seed=seed, condition=condition)
     least = max(k if method == "knn" else 1, neighbours)
     if sample.total <= least:
@@ -167,8 +169,7 @@ def novel(
         "store": store.path,
         "method": method,
         "k": k if method == "knn" else 0,
-        "where": where or "",
-        "cone": " ".join(map(str, check_cone(cone))) if cone is not None else "",
+        **asked(where, cone, box, region),
         "rows": sample.total,
         "typical": ranking.typical,
         "at_most": ranking.at_most,
@@ -304,7 +305,7 @@ def _add_neighbours(found: Novel, store: Store, rows: Rows, count: int, conditio
 def _neighbours(store: Store, rows: Rows, count: int, condition: str | None) -> Rows:
     """Return the row numbers of the nearest neighbours, nearest first, shape (source, count)."""
     vectors = matrix(take(store, rows, ["vector"]).column("vector"))
-    near, _ = nearest_rows(store.table, vectors, count + 1, condition)
+    near, _ = nearest_rows(store.dataset, vectors, count + 1, condition)
     # A source comes first among its twins, or not at all where there are more of them than asked for.
     own = near == rows[:, None]
     own[~own.any(axis=1), -1] = True

@@ -1,4 +1,4 @@
-"""What commands share: the options that describe a source, what it was taken for, and how a batch is written."""
+"""What commands share: the options of a source and of a part of the sky, what a source was taken for, batches."""
 
 from __future__ import annotations
 
@@ -61,6 +61,47 @@ _OPTIONS: Final = (
 def source_options(command: _Command) -> _Command:
     """Give a command SOURCE, --catalogue, --backbone, --crop, --survey, --bands, --fov, --min-coverage, --column."""
     return reduce(lambda inner, option: option(inner), reversed(_OPTIONS), command)
+
+
+_SKY_OPTIONS: Final = (
+    click.option(
+        "--cone", type=(float, float, float), metavar="RA DEC RADIUS_ARCSEC", help="Only sources in this cone."
+    ),
+    click.option(
+        "--box",
+        type=(float, float, float, float),
+        metavar="RA_MIN RA_MAX DEC_MIN DEC_MAX",
+        help="Only sources in this box (deg), eastward from RA_MIN.",
+    ),
+    click.option(
+        "--region",
+        callback=lambda ctx, parameter, value: None if value is None else parse_region(value),
+        metavar='MOC|"RA DEC RA DEC ..."',
+        help="Only sources in a MOC (FITS, JSON, ASCII), or between these corners of a polygon (deg).",
+    ),
+)
+
+
+def sky_options(command: _Command) -> _Command:
+    """Give a command --cone, --box and --region."""
+    return reduce(lambda inner, option: option(inner), reversed(_SKY_OPTIONS), command)
+
+
+def parse_region(text: str) -> str | list[list[float]]:
+    """Return the corners of a polygon, where `text` is all numbers, else the path of a MOC.
+
+    Raises
+    ------
+    click.BadParameter
+        If there is a right ascension without its declination.
+    """
+    try:
+        numbers = [float(word) for word in text.replace(",", " ").split()]
+    except ValueError:
+        return text
+    if not numbers or len(numbers) % 2:
+        raise click.BadParameter(f"corners are pairs of ra and dec, got {len(numbers)} numbers", param_hint="--region")
+    return [numbers[at : at + 2] for at in range(0, len(numbers), 2)]
 
 
 def parse_bands(options: tuple[str, ...]) -> str | dict[str, str] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -41,13 +41,19 @@ class Sample:
 
 
 def row_filter(
-    store: Store, where: str | None = None, cone: Sequence[float] | None = None, *, unflagged: bool = False
+    store: Store,
+    where: str | None = None,
+    cone: Sequence[float] | None = None,
+    box: Sequence[float] | None = None,
+    region: Any = None,
+    *,
+    unflagged: bool = False,
 ) -> str | None:
     """Return one SQL filter for the rows asked for; None for all rows.
 
     Parameters
     ----------
-    where, cone
+    where, cone, box, region
         As in `Store.similar`.
     unflagged : bool
         Only rows whose `flags` are empty.
@@ -55,9 +61,9 @@ def row_filter(
     Raises
     ------
     BadRequest
-        If `where` or `cone` does not fit the store.
+        If one of them does not fit the store.
     """
-    parts = [store.condition(where, cone), "flags = ''" if unflagged else None]
+    parts = [store.condition(where, cone, box, region), "flags = ''" if unflagged else None]
     return " AND ".join(filter(None, parts)) or None
 
 
@@ -91,7 +97,7 @@ def take(store: Store, rows: NDArray[np.uint64], columns: Sequence[str]) -> pa.T
     rows : ndarray, shape (n,), uint64
         As `scan` gave them; may repeat.
     """
-    return take_rows(store.table, store.schema, rows, columns)
+    return take_rows(store.dataset, store.table, store.schema, rows, columns)
 
 
 def draw_sample(store: Store, size: int, *, seed: int = 0, condition: str | None = None) -> Sample:

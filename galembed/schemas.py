@@ -14,7 +14,12 @@ from galembed.errors import ArtifactMismatch, SchemaMismatch
 STORE_FORMAT: Final = 2
 """Version of the store's layout, written into every store."""
 
-_METADATA_KEY: Final = b"galembed"
+VECTORS: Final = "vectors"
+"""`input_kind` of rows that were imported as vectors: there are no pixels and no backbone."""
+
+CONTRACT_KEY: Final = b"galembed"
+"""Where a table's schema keeps the contract."""
+
 _ANSWER: Final = b"answer"
 
 
@@ -126,12 +131,14 @@ def embeddings_schema(
         ),
         _field("vector", pa.list_(pa.field("item", pa.float32(), nullable=True), dim), "centred, unit norm"),
         _field("norm", pa.float32(), "length of the centred vector before normalising"),
-        _field("coverage", pa.float32(), "smallest fraction of pixels with data over the bands; 0 to 1"),
+        _field(
+            "coverage", pa.float32(), "smallest fraction of pixels with data over the bands; 0 to 1, NaN if unknown"
+        ),
         _field("fov", pa.float32(), "side of the cutout; null without a WCS", unit="arcsec", nullable=True),
         _field(
             "flags", pa.string(), "warnings about the picture: words of galembed.quality.FLAGS; empty if there is none"
         ),
-        _field("input_kind", pa.string(), "flux or display: the door this row came through"),
+        _field("input_kind", pa.string(), "flux or display: the door this row came through; vectors: imported as such"),
         _URI,
         _VERSION,
         _NEIGHBOURS,
@@ -141,7 +148,7 @@ def embeddings_schema(
         *carried,
         *predictions,
     ]
-    metadata = {_METADATA_KEY: contract.to_json()} if contract else None
+    metadata = {CONTRACT_KEY: contract.to_json()} if contract else None
     return pa.schema(fields, metadata=metadata)
 
 
@@ -187,7 +194,7 @@ class StoreContract:
     backbone : str
         Where the backbone was when the store was made; for queries by image.
     input_kind : str
-        ``flux`` or ``display``.
+        ``flux`` or ``display``; ``vectors`` where they were imported.
     numeric_class : str
         ``fp32``, ``fp16`` or ``int8``.
     bands : mapping of str to str
@@ -230,17 +237,15 @@ class StoreContract:
         Raises
         ------
         ArtifactMismatch
-            If the table carries none, or one of another format version.
+            If the table carries none, or one of another format: an older one can be upgraded.
         """
-        raw = (schema.metadata or {}).get(_METADATA_KEY)
-        if raw is None:
-            raise ArtifactMismatch("this table is not a galembed store: its schema carries no galembed contract")
-        data: dict[str, Any] = json.loads(raw)
-        if data.get("format") != STORE_FORMAT:
+        found = format_of(schema)
+        if found != STORE_FORMAT:
             raise ArtifactMismatch(
-                f"the store has format {data.get('format')}, this galembed reads {STORE_FORMAT}; "
-                "use the version of galembed that wrote it"
+                f"the store has the older format {found}, this galembed reads {STORE_FORMAT}; "
+                "`galembed compact STORE` brings it up to date, no vector changes"
             )
+        data: dict[str, Any] = json.loads(schema.metadata[CONTRACT_KEY])
         return cls(**data)
 
     def require_same(self, other: StoreContract) -> None:
@@ -273,6 +278,25 @@ class StoreContract:
                     f"the store was made with {name} {mine!r}, this run has {theirs!r}: {consequence}; "
                     "use the store's own, or another --store"
                 )
+
+
+def format_of(schema: pa.Schema) -> int:
+    """Return the format of a store by its `embeddings` schema, at most `STORE_FORMAT`.
+
+    Raises
+    ------
+    ArtifactMismatch
+        If it is not a store's, or one of a newer galembed.
+    """
+    raw = (schema.metadata or {}).get(CONTRACT_KEY)
+    if raw is None:
+        raise ArtifactMismatch("this table is not a galembed store: its schema carries no galembed contract")
+    found = int(json.loads(raw)["format"])
+    if found > STORE_FORMAT:
+        raise ArtifactMismatch(
+            f"the store has format {found}, of a newer galembed; this one reads up to {STORE_FORMAT}: update galembed"
+        )
+    return found
 
 
 def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:

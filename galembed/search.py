@@ -18,7 +18,8 @@ from astropy_healpix import HEALPix
 from numpy.typing import NDArray
 
 from galembed.errors import BadRequest
-from galembed.sky import HEALPIX_ORDER
+from galembed.regions import cell_ranges, ranges_filter, region_text
+from galembed.sky import cell_reach
 from galembed.table_files import ReadTable, WriteTable, arrow_table
 from galembed.table_files import arrow_columns as arrow_columns
 
@@ -118,7 +119,7 @@ class Hits(Pictured):
     missing values are masked. Columns with a unit are quantities: ``hits["mag_r"] < 19 * u.mag``.
 
     `meta` holds `store` (its path), `query` and `unlike` (keys of the sources asked about, empty for a vector), and
-    `where`, `cone` and `box` as asked, or "".
+    `where`, `cone`, `box` and `region` as asked, or "".
     """
 
     def _drawn(self, columns: Sequence[str]) -> Figure:
@@ -160,46 +161,74 @@ _TOKEN = re.compile(
 )
 
 _SQL_WORDS = re.compile(
-    r"and|or|not|in|is|null|i?like|escape|between|true|false|case|when|then|else|end|as|date|timestamp|interval"
-    r"|similar|to|distinct|from|div",
+    r"and|or|not|in|is|null|i?like|between|true|false|case|when|then|else|end|as|date|timestamp|interval",
     re.IGNORECASE,
 )
+
+_BEFORE_BRACKET = re.compile(r"and|or|not|in|i?like|between|case|when|then|else", re.IGNORECASE)
+
+_CALLED: Final = (
+    "abs acos asin atan atan2 cbrt ceil cos degrees exp floor ln log log10 log2 pi pow power radians round signum sin "
+    "sqrt tan trunc isnan coalesce greatest least nullif cast try_cast arrow_cast "
+    "char_length concat contains ends_with length lower ltrim regexp_like replace rtrim split_part starts_with strpos "
+    "substr substring trim upper array_has array_length date_part date_trunc to_timestamp"
+)
+FUNCTIONS: Final = frozenset(_CALLED.split())
+"""What a filter may call: functions of nothing but their arguments."""
 
 
 def check_where(where: str, columns: Iterable[str]) -> str:
     """Return a filter that is one SQL expression over known columns.
 
+    Whether the expression is a whole one is left to LanceDB, which tells only where the filter stands in brackets:
+    without them it passes over what follows an expression.
+
     Parameters
     ----------
     where : str
         For instance ``mag_r < 19 AND survey = 'legacy'``. Columns whose names are not plain words go in
-        backticks.
+        backticks. Functions are those of `FUNCTIONS`.
     columns : iterable of str
-        The store's columns; case does not matter, as in SQL.
+        The store's columns; case does not matter, as in SQL, unless two differ in nothing else.
 
     Raises
     ------
     BadRequest
-        If it is empty, more than one expression, a query of its own, or names a column that the store lacks
-        (the nearest names are given).
+        If it is empty, more than one expression, a query of its own, names a column that the store lacks, or calls
+        another function (the nearest names are given).
     """
     tokens = list(_tokens(where))
     if not tokens:
         raise BadRequest("the filter (where) is empty; leave it out to search every row")
     _check_brackets(where, [text for _, text in tokens])
     names = list(columns)
-    known = {name.lower() for name in names}
     for position, (kind, text) in enumerate(tokens):
         following = tokens[position + 1][1] if position + 1 < len(tokens) else ""
         before = tokens[position - 1][1].lower() if position else ""
         if kind == "word" and text.lower() == "select":
             raise BadRequest(f"filter {where!r} holds a query of its own (SELECT); give one expression over columns")
-        is_word = kind == "word" and following != "(" and before not in ("as", "::")
-        if (kind == "quoted" and text.strip('`"').lower() not in known) or (
-            is_word and text.lower() not in known and not _SQL_WORDS.fullmatch(text)
-        ):
-            raise BadRequest(_unknown_column(where, text, names))
+        if kind in ("word", "quoted") and following == "(":
+            _check_call(where, text)
+        elif kind == "quoted" or (kind == "word" and before not in ("as", "::") and not _SQL_WORDS.fullmatch(text)):
+            _check_column(where, text, names)
     return where
+
+
+def _check_call(where: str, name: str) -> None:
+    if name.lower() in FUNCTIONS or _BEFORE_BRACKET.fullmatch(name):
+        return
+    near = difflib.get_close_matches(name.lower(), FUNCTIONS, n=3, cutoff=0.6)
+    hint = f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(sorted(FUNCTIONS))}"
+    raise BadRequest(f"filter {where!r}: {name} is no function that a filter can call; {hint}")
+
+
+def _check_column(where: str, text: str, names: list[str]) -> None:
+    name = text.strip('`"')
+    alike = [known for known in names if known.lower() == name.lower()]
+    if not alike:
+        raise BadRequest(_unknown_column(where, text, names))
+    if len(alike) > 1 and name not in alike:
+        raise BadRequest(f"filter {where!r}: {name!r} may be {' or '.join(alike)}; spell it as the store does")
 
 
 def _tokens(where: str) -> Iterable[tuple[str, str]]:
@@ -209,6 +238,11 @@ def _tokens(where: str) -> Iterable[tuple[str, str]]:
         if match is None or match.lastgroup == "comment":
             what = "a comment" if match else f"{where[position]!r}"
             raise BadRequest(f"filter {where!r} holds {what} at character {position + 1}; give one SQL expression")
+        if match.lastgroup in ("text", "quoted", "word") and re.match(r"[\w'\"`]", where[position - 1 : position]):
+            # x'00' and e'\\n' are texts of other kinds, 1e5x and "a""b" other things than they look like.
+            raise BadRequest(
+                f"filter {where!r}: put a space, or an operator, before {match.group()!r} at character {position + 1}"
+            )
         if match.lastgroup != "space":
             yield str(match.lastgroup), match.group()
         position = match.end()
@@ -277,8 +311,7 @@ def cone_filter(cone: Sequence[float]) -> str:
     ranges = healpix_ranges(ra, dec, radius)
     if ranges is None:
         return exact
-    inside = " OR ".join(f"(_healpix_29 >= {first} AND _healpix_29 < {end})" for first, end in ranges)
-    return f"(({inside}) AND {exact})"
+    return f"({ranges_filter(ranges)} AND {exact})"
 
 
 def check_cone(cone: Sequence[float]) -> tuple[float, float, float]:
@@ -305,9 +338,7 @@ def healpix_ranges(ra: float, dec: float, radius_arcsec: float) -> list[tuple[in
     order = int(np.clip(np.ceil(np.log2(58.6 * 3600 / reach)), 0, 18))
     grid = HEALPix(nside=2**order, order="nested")
     cells = np.unique(grid.cone_search_lonlat(ra * u.deg, dec * u.deg, reach * u.arcsec))
-    breaks = np.flatnonzero(np.diff(cells) > 1) + 1
-    shift = 4 ** (HEALPIX_ORDER - order)
-    return [(int(run[0]) * shift, (int(run[-1]) + 1) * shift) for run in np.split(cells, breaks)]
+    return cell_ranges(cells, order)
 
 
 def box_filter(box: Sequence[float]) -> str:
@@ -337,8 +368,7 @@ def box_filter(box: Sequence[float]) -> str:
         turns = (("ra >= 0 AND ra < 360", "ra"), ("ra < 0", "(ra + 360)"), ("ra >= 360", "(ra - 360)"))
         east = (f"({when} AND ({ra} >= {first!r} {joined} {ra} <= {last!r}))" for when, ra in turns)
         exact += f" AND ({' OR '.join(east)})"
-    inside = " OR ".join(f"(_healpix_29 >= {first} AND _healpix_29 < {end})" for first, end in box_ranges(box))
-    return f"(({inside}) AND {exact})"
+    return f"({ranges_filter(box_ranges(box))} AND {exact})"
 
 
 def check_box(box: Sequence[float]) -> tuple[float, float, float, float]:
@@ -358,6 +388,21 @@ def check_box(box: Sequence[float]) -> tuple[float, float, float, float]:
     return ra_min, ra_max, dec_min, dec_max
 
 
+def asked(
+    where: str | None = None,
+    cone: Sequence[float] | None = None,
+    box: Sequence[float] | None = None,
+    region: Any = None,
+) -> dict[str, str]:
+    """Return filters as they were asked for, in words that a table's `meta` takes; "" for what was not."""
+    return {
+        "where": where or "",
+        "cone": " ".join(map(str, check_cone(cone))) if cone is not None else "",
+        "box": " ".join(map(str, check_box(box))) if box is not None else "",
+        "region": region_text(region) if region is not None else "",
+    }
+
+
 _BOX_CELLS = 96
 
 
@@ -374,7 +419,7 @@ def box_ranges(box: Sequence[float]) -> list[tuple[int, int]]:
         grid = HEALPix(nside=2**order, order="nested")
         lon, lat = grid.healpix_to_lonlat(cells)
         ra, dec = lon.to_value(u.deg), lat.to_value(u.deg)
-        reach = _cell_reach(2**order)
+        reach = cell_reach(2**order)
         near_pole = np.abs(dec) + reach >= 90
         # Half the range of right ascension of a circle of radius `reach` about each cell's middle.
         sine = np.sin(np.radians(reach)) / np.cos(np.radians(np.where(near_pole, 0.0, dec)))
@@ -386,18 +431,7 @@ def box_ranges(box: Sequence[float]) -> list[tuple[int, int]]:
             break
         cells = (4 * cells[:, None] + np.arange(4)).ravel()
         order += 1
-    breaks = np.flatnonzero(np.diff(cells) > 1) + 1
-    shift = 4 ** (HEALPIX_ORDER - order)
-    return [(int(run[0]) * shift, (int(run[-1]) + 1) * shift) for run in np.split(cells, breaks)]
-
-
-def _cell_reach(nside: int) -> float:
-    """Return the largest distance from a HEALPix cell's middle to its corner (deg; `healpix_base`'s max_pixrad)."""
-    middle = (2 / 3, math.pi / (4 * nside))
-    corner = (1 - (1 - 1 / nside) ** 2 / 3, 0.0)
-    (z1, phi1), (z2, phi2) = middle, corner
-    cosine = z1 * z2 + math.sqrt((1 - z1**2) * (1 - z2**2)) * math.cos(phi1 - phi2)
-    return 1.01 * math.degrees(math.acos(cosine)) + 1e-6
+    return cell_ranges(cells, order)
 
 
 def unit_vector(vector: Any, dim: int) -> NDArray[np.float32]:

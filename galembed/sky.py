@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import numpy as np
@@ -30,6 +31,15 @@ def healpix_index(ra: ArrayLike, dec: ArrayLike, order: int = HEALPIX_ORDER) -> 
     grid = HEALPix(nside=2**order, order="nested")
     cells = grid.lonlat_to_healpix(np.asarray(ra, float) * u.deg, np.asarray(dec, float) * u.deg)
     return np.asarray(cells, dtype=np.int64)
+
+
+def cell_reach(nside: int) -> float:
+    """Return the largest distance from a HEALPix cell's middle to its corner (deg; `healpix_base`'s max_pixrad)."""
+    middle = (2 / 3, math.pi / (4 * nside))
+    corner = (1 - (1 - 1 / nside) ** 2 / 3, 0.0)
+    (z1, phi1), (z2, phi2) = middle, corner
+    cosine = z1 * z2 + math.sqrt((1 - z1**2) * (1 - z2**2)) * math.cos(phi1 - phi2)
+    return 1.01 * math.degrees(math.acos(cosine)) + 1e-6
 
 
 def separation_arcsec(ra1: ArrayLike, dec1: ArrayLike, ra2: ArrayLike, dec2: ArrayLike) -> NDArray[np.float64]:

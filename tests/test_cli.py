@@ -105,6 +105,22 @@ def test_what_can_go_wrong_with_a_store_is_one_sentence_each(tiny_backbone: Back
     assert "J9" in one_error(CliRunner().invoke(main, ["search", str(store), "--id", "J9"]))
 
 
+@pytest.mark.slow
+def test_a_job_goes_on_after_a_compaction_and_after_a_rollback(tiny_backbone: Backbone, tmp_path: Path) -> None:
+    folder, store = write_pictures(tmp_path / "pictures", 2), tmp_path / "s.lance"
+    embed(folder, store, tiny_backbone.path)
+    (folder / "J1.png").rename(folder / "J2.png")
+    assert "embedded 1 of 1 sources" in embed(folder, store, tiny_backbone.path).output
+    assert CliRunner().invoke(main, ["compact", str(store)]).exit_code == 0
+    assert "nothing to do: 2 of 2" in embed(folder, store, tiny_backbone.path).output
+    back = CliRunner().invoke(main, ["rollback", str(store), "2"])
+    assert "taken away: 1 row(s), among them" in back.output
+    assert "embedded 1 of 1 sources" in embed(folder, store, tiny_backbone.path).output
+    assert "nothing to do: 2 of 2" in embed(folder, store, tiny_backbone.path).output
+    checked = CliRunner().invoke(main, ["status", str(store), "--verify"])
+    assert checked.exit_code == 0, checked.output
+
+
 def test_an_empty_folder_and_an_unreadable_catalogue_are_one_sentence_each(
     tiny_backbone: Backbone, tmp_path: Path
 ) -> None:

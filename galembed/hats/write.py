@@ -8,8 +8,6 @@ stretch is sorted; its rows end the last cell's file or begin new ones. Memory d
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,13 +21,14 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from galembed import __version__
-from galembed.errors import ArtifactMismatch, BadRequest, GalembedError, StorageError, StoreBusy, UnreadableInput
+from galembed.errors import ArtifactMismatch, BadRequest, UnreadableInput
 from galembed.hats import PARTITION_COLUMNS, open_hats
 from galembed.hats.cells import Cell, count_bins, cut_cells, runs_of
 from galembed.progress import progress
 from galembed.schemas import THUMBNAIL, THUMBNAIL_BYTES, StoreContract
 from galembed.search import check_where
 from galembed.store import Store
+from galembed.whole import made_whole
 
 _INDEX: Final = "_healpix_29"
 _ALWAYS: Final = ("survey", "source_id", "ra", "dec", _INDEX)
@@ -129,7 +128,7 @@ def export_hats(
     if where is not None:
         check_where(where, store.schema.names)
     out = Path(out).expanduser().resolve()
-    with _made_whole(out, overwrite=overwrite) as folder:
+    with made_whole(out, lambda there: _refuse_existing(there, overwrite=overwrite)) as folder:
         nowhere = sum(batch.num_rows for batch in store.batches([_INDEX], _both(where, f"{_INDEX} IS NULL")))
 
         def indices() -> Iterator[NDArray[np.int64]]:
@@ -357,63 +356,7 @@ def _provenance(contract: StoreContract, where: str | None) -> dict[str, object]
     return {f"galembed_{key}": value for key, value in plain.items() if value}
 
 
-# ------------------------------------------------------------------------------------------- whole or not at all
-
-
-@contextlib.contextmanager
-def _made_whole(out: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Yield an empty folder that becomes `out` when the body ends, and goes when it fails."""
-    partial, old = (out.with_name(f".{out.name}.{word}") for word in ("partial", "old"))
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        with _locked(partial, out):
-            _settle(out, old)
-            _refuse_existing(out, overwrite=overwrite)
-            _empty(partial)
-            yield partial
-            if out.exists():
-                out.rename(old)
-            partial.rename(out)
-            shutil.rmtree(old, ignore_errors=True)
-    except GalembedError:
-        raise
-    except OSError as error:
-        raise StorageError(f"{out} was not written: {error}") from error
-
-
-@contextlib.contextmanager
-def _locked(partial: Path, out: Path) -> Iterator[None]:
-    """Hold the folder while it is written; the lock goes with the process. The folder goes if the body fails."""
-    handle = os.open(partial, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StoreBusy(f"{out} is being written by another process; wait for it, or choose another OUT") from error
-        except OSError:
-            pass  # a file system without locks
-        try:
-            yield
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    finally:
-        os.close(handle)
-
-
-def _settle(out: Path, old: Path) -> None:
-    """Finish or undo the exchange of two catalogues that a killed process was in."""
-    if not old.exists():
-        return
-    if out.exists():
-        shutil.rmtree(old)
-    else:
-        old.rename(out)
-
-
 def _refuse_existing(out: Path, *, overwrite: bool) -> None:
-    if not out.exists():
-        return
     try:
         open_hats(out)
     except (UnreadableInput, pa.ArrowException) as error:
@@ -422,11 +365,3 @@ def _refuse_existing(out: Path, *, overwrite: bool) -> None:
         raise BadRequest(f"{out} is a HATS collection, which may hold more than one catalogue; choose another OUT")
     if not overwrite:
         raise BadRequest(f"{out} exists; choose another OUT, or replace that catalogue with --overwrite")
-
-
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()

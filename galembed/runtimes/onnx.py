@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import onnxruntime
@@ -16,6 +16,9 @@ from galembed.engines import GPU, EngineRecord
 from galembed.errors import ArtifactMismatch, BadRequest
 from galembed.runtimes.machine import cpu_name, gpu_name
 from galembed.runtimes.protocol import Embedded, check_images, doors
+
+if TYPE_CHECKING:  # which is torch
+    from galembed.runtimes.onnx_gpu import BoundSession
 
 _PROVIDERS: Final = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -59,10 +62,16 @@ class OnnxRuntime:
             raise BadRequest(f"this onnxruntime has no {provider}; have onnxruntime-gpu in its place")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        # Ten bits of mantissa, which ONNX Runtime takes by default on a GPU, are no float32.
-        settings = {"use_tf32": "0"} if device == "cuda" else {}
+        settings: dict[str, str] = {}
+        self._bound: BoundSession | None = None
         if device == "cuda":
+            from galembed.runtimes.onnx_gpu import bound_session
+
             onnxruntime.preload_dlls()  # torch's own CUDA libraries serve
+            # Ten bits of mantissa, which ONNX Runtime takes by default on a GPU, are no float32.
+            settings = {"use_tf32": "0"}
+            self._bound = bound_session(backbone)
+            settings |= self._bound.settings if self._bound else {}
         try:
             self._session = onnxruntime.InferenceSession(str(file), options, providers=[(provider, settings)])
         except Exception as error:  # its errors have no common class
@@ -73,6 +82,8 @@ class OnnxRuntime:
             raise BadRequest(
                 f"ONNX Runtime did not take {provider}: this machine has no GPU or no CUDA libraries for it"
             )
+        if self._bound:
+            self._bound.bind(self._session)
         self._backbone = backbone
         self.device = GPU + gpu_name() if device == "cuda" else cpu_name()
         self.numeric_class = record.numeric_class
@@ -81,6 +92,8 @@ class OnnxRuntime:
     def embed(self, images: NDArray[Any], kind: str) -> Embedded:
         """Embed a batch; see `galembed.runtimes.Runtime`."""
         check_images(images, kind, self._backbone)
+        if self._bound:
+            return self._bound.embed(images, kind)
         flux, display = doors(images, kind)
         outputs = self._session.run(None, {"flux": flux, "display": display})
         return Embedded(*(np.asarray(part) for part in outputs))

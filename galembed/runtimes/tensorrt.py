@@ -5,25 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from galembed.backbones import Backbone, cache_folder
 from galembed.engines import GPU, EngineRecord
 from galembed.errors import ArtifactMismatch, BadRequest
-from galembed.runtimes.plans import Library, PlanHeader, dotted, installed_for, messages, read_plan
+from galembed.runtimes.lanes import IN_FLIGHT, GpuLane, Tensor, embed_in_parts, nothing, part_sizes
+from galembed.runtimes.plans import Library, dotted, installed_for, messages, read_plan
 from galembed.runtimes.protocol import Embedded, check_images
 
 logger = logging.getLogger(__name__)
-
-_IN_FLIGHT: Final = 2
-_WORTH_HALVING: Final = 64
 
 
 def present_sm() -> int:
@@ -38,50 +34,6 @@ def present_sm() -> int:
         raise BadRequest("torch sees no NVIDIA GPU on this machine")
     major, minor = torch.cuda.get_device_capability()
     return 10 * major + minor
-
-
-def part_sizes(images: int, largest: int) -> list[int]:
-    """Return the sizes of the parts that a batch is run in, in order.
-
-    They are powers of two, so that TensorRT for RTX, which compiles for each size that it meets, meets few; and from 64
-    images on there are two or more, so that one is copied while another is computed.
-
-    Parameters
-    ----------
-    images : int
-        In the batch; may be 0.
-    largest : int
-        What the plan takes at once; a power of two.
-    """
-    wanted = images // 2 if images >= _WORTH_HALVING else images
-    most = min(largest, 1 << max(wanted.bit_length() - 1, 0))
-    rest = images % most
-    return [most] * (images // most) + [1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1]
-
-
-class Lane(Protocol):
-    """Where one part of a batch runs, while other parts run in other lanes."""
-
-    def start(self, images: NDArray[Any], kind: str) -> None:
-        """Send images through a door; returns before they are computed."""
-        ...
-
-    def finish(self) -> Embedded:
-        """Wait for the images that were sent; return what became of them."""
-        ...
-
-
-def run_parts(lanes: Sequence[Lane], images: NDArray[Any], kind: str, sizes: Sequence[int]) -> Iterator[Embedded]:
-    """Run a batch part by part, as many at once as there are lanes; yield the results in order."""
-    running: deque[Lane] = deque()
-    start = 0
-    for part, size in enumerate(sizes):
-        if len(running) == len(lanes):
-            yield running.popleft().finish()
-        running.append(lanes[part % len(lanes)])
-        running[-1].start(images[start : start + size], kind)
-        start += size
-    yield from (lane.finish() for lane in running)
 
 
 class TensorRTRuntime:
@@ -129,7 +81,14 @@ class TensorRTRuntime:
         try:
             self._engine = self._read(library, plan.serialised, file)
             self._kernels = _Kernels(library, self._engine, record) if library.flavour == "tensorrt-rtx" else None
-            self._lanes = [_GpuLane(self._context(), plan.header, self._log) for _ in range(_IN_FLIGHT)]
+            tensors = {
+                name: Tensor(tensor["dtype"], tuple(tensor["shape"][1:]), tensor["mode"] == "input")
+                for name, tensor in plan.header.tensors.items()
+            }
+            self._nothing = nothing(tensors["vector"].shape[0], tensors["predictions"].shape[0])
+            self._lanes = [
+                _PlanLane(self._context(), tensors, plan.header.largest, self._log) for _ in range(IN_FLIGHT)
+            ]
         except RuntimeError as error:  # torch has several for what CUDA says
             raise BadRequest(
                 f"this GPU cannot take {file}: {error}; free its memory, or use --runtime torch"
@@ -158,59 +117,30 @@ class TensorRTRuntime:
         check_images(images, kind, self._backbone)
         sizes = part_sizes(len(images), self._header.largest)
         with self._lock, torch.cuda.device(self._gpu):
-            done = [_nothing(self._header), *run_parts(self._lanes, images, kind, sizes)]
+            done = embed_in_parts(self._lanes, images, kind, sizes, self._nothing)
             if self._kernels is not None:
                 self._kernels.keep(sizes)
-        return Embedded(
-            np.concatenate([part.vectors for part in done]),
-            np.concatenate([part.norms for part in done]),
-            np.concatenate([part.predictions for part in done]),
-        )
+        return done
 
 
-class _GpuLane:
-    """Where one part of a batch runs: its own stream, execution context, and buffers on both sides."""
+class _PlanLane(GpuLane):
+    """A lane with an execution context of its own."""
 
-    def __init__(self, context: Any, header: PlanHeader, log: Any) -> None:
-        self._context, self._header, self._log = context, header, log
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self._images = 0
-        self._host: dict[str, torch.Tensor] = {}
-        self._device: dict[str, torch.Tensor] = {}
-        with torch.cuda.stream(self._stream):
-            for name, tensor in header.tensors.items():
-                # TensorRT wants an address for what is empty too, such as the predictions of no head.
-                shape = (header.largest, *(max(length, 1) for length in tensor["shape"][1:]))
-                dtype = getattr(torch, tensor["dtype"])
-                self._host[name] = torch.empty(shape, dtype=dtype, pin_memory=True)
-                self._device[name] = torch.empty(shape, dtype=dtype, device="cuda")
-                self._ask(context.set_tensor_address(name, self._device[name].data_ptr()))
+    def __init__(self, context: Any, tensors: Mapping[str, Tensor], largest: int, log: Any) -> None:
+        super().__init__(tensors, largest)
+        self._context, self._log = context, log
+        for name, buffer in self.device.items():
+            self._ask(context.set_tensor_address(name, buffer.data_ptr()))
 
-    def start(self, images: NDArray[Any], kind: str) -> None:
-        """Send images through a door, the other left empty; see `Lane`."""
-        self._stream.synchronize()  # of what an earlier failure left unfinished
-        self._images = len(images)
-        np.copyto(self._host[kind][: self._images].numpy(), images)
-        with torch.cuda.stream(self._stream):
-            self._device[kind][: self._images].copy_(self._host[kind][: self._images], non_blocking=True)
-            for name in self._header.inputs:
-                rows = self._images if name == kind else 0
-                self._ask(self._context.set_input_shape(name, (rows, *self._header.tensors[name]["shape"][1:])))
-            self._ask(self._context.execute_async_v3(self._stream.cuda_stream))
-            for name in self._header.outputs:
-                self._host[name][: self._images].copy_(self._device[name][: self._images], non_blocking=True)
-
-    def finish(self) -> Embedded:
-        """Wait for the images that were sent; see `Lane`."""
-        self._stream.synchronize()
-        vectors, norms, predictions = (
-            self._host[name][: self._images].numpy().copy() for name in ("vector", "norm", "predictions")
-        )
-        return Embedded(vectors, norms, predictions[:, : self._header.tensors["predictions"]["shape"][1]])
+    def run(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """See `GpuLane`."""
+        for name, shape in shapes.items():
+            self._ask(self._context.set_input_shape(name, shape))
+        self._ask(self._context.execute_async_v3(self.stream.cuda_stream))
 
     def _ask(self, done: bool) -> None:
         if not done:
-            raise BadRequest(f"TensorRT cannot run {self._images} images: {self._log.last}; use --runtime torch")
+            raise BadRequest(f"TensorRT cannot run {self.images} images: {self._log.last}; use --runtime torch")
 
 
 class _Kernels:
@@ -249,9 +179,3 @@ def write_cache(file: Path, content: Any) -> None:
         partial.replace(file)
     except OSError as error:
         logger.warning("%s is not kept, and will be made again: %s", file.name, error)
-
-
-def _nothing(header: PlanHeader) -> Embedded:
-    """Return what becomes of no images."""
-    dim, answers = (header.tensors[name]["shape"][1] for name in ("vector", "predictions"))
-    return Embedded(np.empty((0, dim), np.float32), np.empty(0, np.float32), np.empty((0, answers), np.float32))

@@ -24,15 +24,15 @@ from numpy.typing import NDArray
 
 from galembed.errors import ArtifactNotFound, BadRequest
 from galembed.files import is_url
+from galembed.regions import region_filter
 from galembed.schemas import FAILURES, THUMBNAIL, StoreContract, answers_of, embeddings_schema
 from galembed.search import (
     HIT_COLUMNS,
     Hits,
     any_of,
     arrow_columns,
+    asked,
     box_filter,
-    check_box,
-    check_cone,
     check_where,
     cone_filter,
     unit_vector,
@@ -40,7 +40,7 @@ from galembed.search import (
 from galembed.sky import separation_arcsec
 from galembed.store.keys import joined_key
 from galembed.store.lease import writer
-from galembed.store.nearest import IndexSearch, nearest_rows, query_numbers, take_rows, vector_query
+from galembed.store.nearest import IndexSearch, indexed_rows, nearest_rows, scan_is_faster, take_rows
 from galembed.store.nearest import matrix as matrix
 from galembed.store.places import EMBEDDINGS_TABLE as EMBEDDINGS_TABLE
 from galembed.store.places import FAILURES_TABLE as FAILURES_TABLE
@@ -52,7 +52,6 @@ POSITION_TOLERANCE_ARCSEC: Final = 5.0
 
 _OWN_COLUMNS = frozenset([*embeddings_schema(1).names, THUMBNAIL.name])
 _CHUNK = 500  # ids per SQL filter
-_QUERIES = 256  # vectors in one call of LanceDB's batch search
 _CONES = 50  # cones per SQL filter
 
 
@@ -116,6 +115,11 @@ class Store:
         """Length of the vectors."""
         return int(self.schema.field("vector").type.list_size)
 
+    @functools.cached_property
+    def dataset(self) -> Any:
+        """The table as a `lance.LanceDataset`, of the same version."""
+        return self.table.to_lance()
+
     @property
     def columns(self) -> dict[str, str]:
         """Unit of each column; "" where it has none."""
@@ -148,18 +152,25 @@ class Store:
         return list(columns)
 
     def condition(
-        self, where: str | None = None, cone: Sequence[float] | None = None, box: Sequence[float] | None = None
+        self,
+        where: str | None = None,
+        cone: Sequence[float] | None = None,
+        box: Sequence[float] | None = None,
+        region: Any = None,
     ) -> str | None:
-        """Return one SQL filter for what `similar` takes as three; None for all rows.
+        """Return one SQL filter for what `similar` takes as four; None for all rows.
 
         Raises
         ------
         BadRequest
             If one of them does not fit the store.
+        ArtifactNotFound, UnreadableInput
+            If a region is a path at which there is no MOC.
         """
         parts = [f"({check_where(where, self.schema.names)})"] if where is not None else []
         parts += [cone_filter(cone)] if cone is not None else []
         parts += [box_filter(box)] if box is not None else []
+        parts += [region_filter(region)] if region is not None else []
         return " AND ".join(parts) or None
 
     def batches(
@@ -180,7 +191,7 @@ class Store:
         """
         query = self.table.search().select(self.known(columns))
         if where is not None:
-            query = query.where(check_where(where, self.schema.names))
+            query = query.where(self.condition(where))
         try:
             yield from query.to_batches(batch_size=batch_size)
         except (ValueError, RuntimeError) as error:
@@ -255,6 +266,10 @@ class Store:
     def _measured(self) -> Mapping[str, Any]:
         return read_json(join(self.path, SEARCH_FILE))
 
+    @functools.cached_property
+    def _index_kind(self) -> str:
+        return next(iter(self.vector_indexes().values()), "")
+
     def index_search(self, kind: str) -> IndexSearch:
         """Return how an index of LanceDB's `kind` is searched: as `galembed index` found best, else amply."""
         if self._measured.get("index") == kind:
@@ -302,6 +317,7 @@ class Store:
         where: str | None = None,
         cone: Sequence[float] | None = None,
         box: Sequence[float] | None = None,
+        region: Any = None,
         exclude_self: bool = True,
         exclude: Any = None,
         exclude_within: float | None = None,
@@ -333,6 +349,10 @@ class Store:
         box : (ra_min, ra_max, dec_min, dec_max), optional
             ICRS deg: only sources within, eastward from ra_min, so (350, 10, ...) crosses RA 0. Sources
             without a position are left out.
+        region : array_like of shape (n, 2), SkyCoord, mocpy.MOC, str or Path, optional
+            Only sources within a polygon, given by its corners (ICRS deg; great-circle edges, convex or not;
+            the smaller side), or within a MOC, given as such or by the path of its file (FITS, JSON, ASCII).
+            Sources without a position are left out.
         exclude_self : bool
             Leave out the sources that were asked about, in `to` and `unlike`.
         exclude : optional
@@ -353,12 +373,12 @@ class Store:
         Raises
         ------
         BadRequest
-            If the id, position, vector, filter, cone, box or a column does not fit the store.
+            If the id, position, vector, filter, cone, box, region or a column does not fit the store.
         ArtifactNotFound, ArtifactMismatch, UnreadableInput
-            If an image cannot be read, or embedded as the store's were.
+            If an image or a MOC cannot be read, or the image not embedded as the store's were.
         """
         names = self._hit_names(k, columns)
-        condition = self.condition(where, cone, box)
+        condition = self.condition(where, cone, box, region)
         vector, keys = self._query(to)
         others: list[tuple[str, str]] = []
         if unlike is not None:
@@ -369,11 +389,11 @@ class Store:
             skip.update(self._keys(exclude))
         if exclude_within is not None:
             skip.update(self._around(keys, exclude_within))
-        found = self._nearest(vector, int(k) + len(skip), names, condition, where, exact=exact)
+        found = self._nearest(vector[None], int(k) + len(skip), names, condition, where, exact=exact)
         if skip:
             found = found.filter(pa.array([key not in skip for key in _key_pairs(found)], pa.bool_()))
         meta = {"query": [":".join(key) for key in keys], "unlike": [":".join(key) for key in others]}
-        return self._hits(found.slice(0, int(k)), names, meta | _asked(where, cone, box))
+        return self._hits(found.slice(0, int(k)), names, meta | asked(where, cone, box, region))
 
     def similar_to_each(
         self,
@@ -383,6 +403,7 @@ class Store:
         where: str | None = None,
         cone: Sequence[float] | None = None,
         box: Sequence[float] | None = None,
+        region: Any = None,
         exclude_self: bool = True,
         columns: Sequence[str] | None = None,
         exact: bool = False,
@@ -397,7 +418,7 @@ class Store:
             One query each: ids, rows of a table with `survey` and `source_id`, or vectors.
         k : int
             How many for each; fewer come back where fewer pass the filters.
-        where, cone, box, columns, exact
+        where, cone, box, region, columns, exact
             As in `similar`.
         exclude_self : bool
             Leave out of each query's hits the source that it is.
@@ -411,26 +432,19 @@ class Store:
         Raises
         ------
         BadRequest
-            If an id, vector, filter, cone, box or a column does not fit the store.
+            If an id, vector, filter, cone, box, region or a column does not fit the store.
+        ArtifactNotFound, UnreadableInput
+            If a region is a path at which there is no MOC.
         """
         names = self._hit_names(k, columns)
-        condition = self.condition(where, cone, box)
+        condition = self.condition(where, cone, box, region)
         vectors, keys = self._queries(to)
         own = np.array([":".join(key) for key in keys], object) if exclude_self and keys else None
         count = int(k) + (own is not None)
-        kind = next(iter(self.vector_indexes().values()), "")
-        if exact or not kind:
-            found = self._nearest_by_scan(vectors, count, names, condition, where)
-        else:
-            parts = []
-            for start in range(0, len(vectors), _QUERIES):
-                part = self._nearest(vectors[start : start + _QUERIES], count, names, condition, where, exact=False)
-                number = pa.array(query_numbers(part) + start)
-                parts.append(part.select([*names, "_distance"]).append_column("query_index", number))
-            found = pa.concat_tables(parts)
+        found = self._nearest(vectors, count, names, condition, where, exact=exact)
         found = _best_of_each(found, int(k), own)
         meta = {"query": [":".join(key) for key in keys], "unlike": []}
-        hits = self._hits(found, names, meta | _asked(where, cone, box))
+        hits = self._hits(found, names, meta | asked(where, cone, box, region))
         if "query" in hits.colnames:
             hits.rename_column("query", "catalogue_query")
         hits.add_column(found.column("query_index").to_numpy(), index=0, name="query")
@@ -454,24 +468,6 @@ class Store:
         if len(vectors) < len(keys):
             raise BadRequest(f"{len(keys) - len(vectors)} of the sources asked about are not in the store {self.path}")
         return vectors
-
-    def _nearest_by_scan(
-        self,
-        vectors: NDArray[np.float32],
-        count: int,
-        names: list[str],
-        condition: str | None,
-        where: str | None,
-    ) -> pa.Table:
-        """Return what `_nearest` does for each of many queries, with `query_index`, from one pass."""
-        try:
-            rows, distance = nearest_rows(self.table, vectors, count, condition)
-        except (ValueError, RuntimeError) as error:
-            raise _refused(where, error) from error
-        query, place = np.nonzero(np.isfinite(distance))
-        found = take_rows(self.table, self.schema, rows[query, place], names)
-        found = found.append_column("_distance", pa.array(distance[query, place], pa.float32()))
-        return found.append_column("query_index", pa.array(query, pa.int64()))
 
     def _hit_names(self, k: int, columns: Sequence[str] | None) -> list[str]:
         if not isinstance(k, numbers.Integral) or k < 1:
@@ -508,7 +504,7 @@ class Store:
 
     def _nearest(
         self,
-        vector: NDArray[np.float32],
+        vectors: NDArray[np.float32],
         count: int,
         names: list[str],
         condition: str | None,
@@ -516,13 +512,22 @@ class Store:
         *,
         exact: bool,
     ) -> pa.Table:
-        kind = next(iter(self.vector_indexes().values()), "")
-        settings = self.index_search(kind) if kind and not exact else None
-        query = vector_query(self.table, vector, count, condition, settings).select([*names, "_distance"])
+        """Return the nearest rows to each of many vectors, with `_distance` and `query_index`, by which they come."""
+        settings = self.index_search(self._index_kind) if self._index_kind and not exact else None
         try:
-            return query.to_arrow()
-        except (ValueError, RuntimeError) as error:
+            total = self.dataset.count_rows()
+            passing = self.dataset.count_rows(condition) if settings and condition else total
+            if settings is None or scan_is_faster(passing, total, len(vectors), count, settings):
+                rows, distance = nearest_rows(self.dataset, vectors, count, condition)
+            else:
+                share = passing / total
+                rows, distance = indexed_rows(self.dataset, self.table, vectors, count, condition, settings, share)
+        except (ValueError, RuntimeError, OSError) as error:
             raise _refused(where, error) from error
+        query, place = np.nonzero(np.isfinite(distance))
+        found = take_rows(self.dataset, self.table, self.schema, rows[query, place], names)
+        found = found.append_column("_distance", pa.array(distance[query, place], pa.float32()))
+        return found.append_column("query_index", pa.array(query, pa.int64()))
 
     def _query(self, to: Any) -> tuple[NDArray[np.float32], list[tuple[str, str]]]:
         """Return the query vector and the keys of the sources it stands for."""
@@ -639,14 +644,6 @@ def _contrast(vector: NDArray[np.float32], away: NDArray[np.float32]) -> NDArray
     if np.linalg.norm(difference) < 1e-6:
         raise BadRequest("what the hits should be like and unlike have the same direction; give other sources")
     return unit_vector(difference, len(vector))
-
-
-def _asked(where: str | None, cone: Sequence[float] | None, box: Sequence[float] | None) -> dict[str, str]:
-    return {
-        "where": where or "",
-        "cone": " ".join(map(str, check_cone(cone))) if cone is not None else "",
-        "box": " ".join(map(str, check_box(box))) if box is not None else "",
-    }
 
 
 def _key_pairs(table: pa.Table | pa.RecordBatch) -> list[tuple[str, str]]:

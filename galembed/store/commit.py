@@ -46,8 +46,10 @@ from galembed.store.places import write_json as write_json
 SMALL_FRAGMENTS: Final = 64
 """From this many small fragments on, `tidy` merges them: each one costs every search a file to open."""
 
+FRAGMENT_ROWS: Final = 1_000_000
+"""Rows of a fragment that others were merged into."""
+
 _SMALL_ROWS: Final = 100_000
-_FRAGMENT_ROWS: Final = 1_000_000
 _COMMIT_TRIES: Final = 5
 _REQUESTS: Final = 16
 
@@ -298,7 +300,19 @@ def tidy(store: str | Path, lease: Lease) -> int:
         dataset = open_table(store, EMBEDDINGS_TABLE)
         small = sum(fragment.count_rows() < _SMALL_ROWS for fragment in dataset.get_fragments())
         if small >= SMALL_FRAGMENTS:
-            dataset.optimize.compact_files(target_rows_per_fragment=_FRAGMENT_ROWS)
+            dataset.optimize.compact_files(target_rows_per_fragment=FRAGMENT_ROWS)
+    return sweep(store, lease)
+
+
+@at_storage
+def sweep(store: str | Path, lease: Lease) -> int:
+    """Remove orphan files; see `tidy`, also for when it may be called.
+
+    Returns
+    -------
+    int
+        Orphan files removed.
+    """
     with lease.fence():
         dataset = open_table(store, EMBEDDINGS_TABLE)
         plan = dataset.explain_cleanup_old_versions(delete_unverified=True, include_files=True, max_files=1_000_000)

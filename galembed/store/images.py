@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from galembed.schemas import VECTORS
+
 if TYPE_CHECKING:
     from galembed.store import Store
 
@@ -17,6 +19,8 @@ def embed_image(store: Store, file: Path) -> NDArray[np.float32]:
 
     Raises
     ------
+    BadRequest
+        If the store's vectors were imported: it has no backbone.
     ArtifactNotFound
         If the store's backbone is not where it was.
     ArtifactMismatch
@@ -25,10 +29,15 @@ def embed_image(store: Store, file: Path) -> NDArray[np.float32]:
         If the file cannot be read, or is of the other kind.
     """
     from galembed.backbones import load_backbone
-    from galembed.errors import ArtifactMismatch
+    from galembed.errors import ArtifactMismatch, BadRequest
     from galembed.runtimes import open_runtime
     from galembed.sources import cutout_of_file
 
+    if store.contract.input_kind == VECTORS:
+        raise BadRequest(
+            f"{store.path} holds published vectors ({store.contract.backbone}), and no backbone that would embed "
+            f"{file.name}; ask for an id, a position or a vector"
+        )
     backbone = load_backbone(store.contract.backbone)
     if backbone.embedding_id != store.contract.embedding_id:
         raise ArtifactMismatch(

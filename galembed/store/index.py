@@ -9,13 +9,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from galembed.errors import BadRequest
 from galembed.store import Store
 from galembed.store.keys import open_table
-from galembed.store.nearest import IndexSearch, matrix, nearest_rows, query_numbers, vector_query
+from galembed.store.nearest import IndexSearch, indexed_rows, matrix, nearest_rows
 from galembed.store.places import EMBEDDINGS_TABLE, SEARCH_FILE, join, write_json
 
 EXACT_BELOW: Final = 64_000_000
@@ -106,7 +105,7 @@ def build_index(store: Store, kind: str = "auto", *, recall: float = 0.95) -> In
     if not 0 < recall <= 1:
         raise BadRequest(f"recall is the share of the nearest to find, above 0 and up to 1; got {recall!r}")
     started = time.monotonic()
-    store.table.checkout_latest()
+    _renew(store)
     rows = len(store)
     if kind == "auto":
         kind = _kind_for(rows * store.dim)
@@ -126,12 +125,20 @@ def build_index(store: Store, kind: str = "auto", *, recall: float = 0.95) -> In
             store.table.drop_index(index)
     else:
         _build_vector_index(store, kind, rows)
+    _renew(store)
     settings = None
     if kind != "exact":
         settings = _tuned(store, kind, recall)
         write_json(join(store.path, SEARCH_FILE), asdict(settings))
-        vars(store).pop("_measured", None)
+        _renew(store)
     return IndexReport(rows, kind, scalar, time.monotonic() - started, folded, settings)
+
+
+def _renew(store: Store) -> None:
+    """Have the store show its newest rows and indexes."""
+    store.table.checkout_latest()
+    for name in ("dataset", "_index_kind", "_measured"):
+        vars(store).pop(name, None)
 
 
 def _kind_for(numbers: int) -> str:
@@ -151,7 +158,6 @@ def _lacking(store: Store, kind: str) -> int | None:
 def _fold(store: Store) -> None:
     # LanceDB's own `optimize` would also merge files and remove old versions, which readers may have open.
     open_table(store.path, EMBEDDINGS_TABLE).optimize.optimize_indices()
-    store.table.checkout_latest()
 
 
 def _build_vector_index(store: Store, kind: str, rows: int) -> None:
@@ -187,11 +193,12 @@ def _ways(kind: str, rows: int) -> Iterator[IndexSearch]:
 
 @dataclass(frozen=True)
 class _Questions:
-    """Stored vectors, and how far their 10th nearest row truly is, among those that pass a filter."""
+    """Stored vectors, and how far their 10th nearest row truly is, among those that pass a filter, a share of all."""
 
     rows: NDArray[np.uint64]
     vectors: NDArray[np.float32]
     condition: str | None
+    share: float
     reach: NDArray[np.float32]
     there: NDArray[np.intp]
 
@@ -209,14 +216,13 @@ def _tuned(store: Store, kind: str, recall: float) -> IndexSearch:
     part = None
     if len(cells):
         part = _questions(store, numbers, vectors, f"_healpix_29 <= {int(np.quantile(cells, 0.1))}")
-    passing = store.table.count_rows(part.condition) / rows if part is not None else 0.0
     for way in _ways(kind, rows):
         settings = replace(
             way,
             target=recall,
             recall=_found(store, everything, way),
             recall_filtered=_found(store, part, way) if part is not None else None,
-            passing=passing,
+            passing=part.share if part is not None else 0.0,
             queries=len(chosen),
             rows=rows,
         )
@@ -228,21 +234,20 @@ def _tuned(store: Store, kind: str, recall: float) -> IndexSearch:
 def _questions(
     store: Store, rows: NDArray[np.uint64], vectors: NDArray[np.float32], condition: str | None
 ) -> _Questions:
-    found, distance = nearest_rows(store.table, vectors, _K + 1, condition)
+    found, distance = nearest_rows(store.dataset, vectors, _K + 1, condition)
     others = np.sort(np.where(found == rows[:, None], np.inf, distance), axis=1)[:, :_K]
     there = np.isfinite(others).sum(axis=1)
     reach = np.where(there, others[np.arange(len(others)), np.maximum(there, 1) - 1], -np.inf)
-    return _Questions(rows, vectors, condition, reach.astype(np.float32), there)
+    share = store.dataset.count_rows(condition) / len(store)
+    return _Questions(rows, vectors, condition, share, reach.astype(np.float32), there)
 
 
 def _found(store: Store, questions: _Questions, way: IndexSearch) -> float:
     """Return the share of the true nearest that a way finds; rows as near as the last of them count."""
     if not questions.there.any():
         return 1.0
-    query = vector_query(store.table, questions.vectors, _K + 1, questions.condition, way)
-    hits: pa.Table = query.select(["_distance"]).with_row_id(True).to_arrow()
-    asked = query_numbers(hits)
-    near = hits.column("_distance").to_numpy() <= questions.reach[asked] + _TIE
-    near &= hits.column("_rowid").to_numpy() != questions.rows[asked]
-    counts = np.minimum(np.bincount(asked[near], minlength=len(questions.rows)), questions.there)
+    condition, share = questions.condition, questions.share
+    rows, distance = indexed_rows(store.dataset, store.table, questions.vectors, _K + 1, condition, way, share)
+    near = (distance <= questions.reach[:, None] + _TIE) & (rows != questions.rows[:, None])
+    counts = np.minimum(near.sum(axis=1), questions.there)
     return float(counts.sum() / questions.there.sum())

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from astropy.io import fits
+from astropy.wcs import WCS
 
 from galembed.errors import MissingBand, UnknownUnit, UnreadableInput
 from galembed.photometry import nanojansky_per_unit
@@ -62,6 +63,7 @@ def _brick_planes(files: OpenFiles, bands: Sequence[str] | None) -> Mapping[str,
             _plane(
                 band,
                 image,
+                celestial_wcs(image.hdu.header),
                 weight,
                 # HDU 1 is the optical mask, the two others are WISE's.
                 Pixels(mask[1], f"{files.path('mask')}[1]") if mask is not None and len(mask) > 1 else None,
@@ -102,9 +104,10 @@ def _cutout_planes(files: OpenFiles, bands: Sequence[str] | None) -> Mapping[str
                 for n, other in kinds["invvar"]
                 if _same_piece(hdu.header, other.header)
             }
+        wcs = celestial_wcs(hdu.header) if pieces else None
         for band, image in pieces.items():
             _require_unit(image)
-            plane = _plane(band, image, weights.get(band), _mask_of(hdu.header, kinds["maskbits"], path))
+            plane = _plane(band, image, wcs, weights.get(band), _mask_of(hdu.header, kinds["maskbits"], path))
             planes[band] = (*planes.get(band, ()), plane)
     if not planes:
         raise MissingBand(f"{path}: no image with band keywords (BANDS, BAND0... or BAND); {contents(file)}")
@@ -171,11 +174,11 @@ def _require_unit(image: Pixels) -> None:
         raise UnknownUnit(f"{image.where}: BUNIT is {unit!r}, the Legacy Surveys' images are in {UNIT.value}")
 
 
-def _plane(band: str, image: Pixels, weight: Pixels | None, mask: Pixels | None) -> Plane:
+def _plane(band: str, image: Pixels, wcs: WCS | None, weight: Pixels | None, mask: Pixels | None) -> Plane:
     return Plane(
         band=band,
         image=image,
-        wcs=celestial_wcs(image.hdu.header),
+        wcs=wcs,
         factor=_FACTOR,
         weight=weight,
         mask=mask,

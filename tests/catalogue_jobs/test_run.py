@@ -34,7 +34,7 @@ from galembed.schemas import SOURCES
 from galembed.sources import SourceList
 from galembed.store import commit as committing
 from galembed.store.checks import verify
-from galembed.store.commit import Lease
+from galembed.store.commit import Lease, write_fragments
 from tests.catalogue_jobs.fakes import FakeReader, source_table
 from tests.catalogue_jobs.script import COUNT, FAILING
 
@@ -107,6 +107,18 @@ def test_the_second_run_does_nothing_and_says_so(job: Any, store: Path, monkeypa
     assert report.planned == 0
     assert str(report).startswith("nothing to do: 19 of 20 sources are in")
     assert "1 failed before" in str(report)
+
+
+def test_the_second_run_removes_what_a_worker_left_after_the_first(job: Any, store: Path) -> None:
+    reader = FakeReader(20)
+    job(reader)
+    rows = lance.dataset(str(store / "embeddings.lance")).to_table()
+    files = store / "embeddings.lance" / "data"
+    before = set(files.iterdir())
+    write_fragments(store, rows)
+    assert len(set(files.iterdir()) - before) == 1
+    assert job(reader).planned == 0
+    assert set(files.iterdir()) == before
 
 
 def test_a_store_keeps_to_its_numeric_class(job: Any, store: Path, tiny_backbone: Backbone, tmp_path: Path) -> None:

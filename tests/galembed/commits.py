@@ -22,7 +22,8 @@ Place = str | Path
 def embeddings(names: Sequence[str], partition: str, version: str = "1") -> pa.Table:
     """Return rows with the same unit vector."""
     columns = {item.name: pa.nulls(len(names), item.type) for item in SCHEMA}
-    columns |= {name: ["x"] * len(names) for name in ("survey", "flags", "input_kind", "engine")}
+    columns |= {name: ["x"] * len(names) for name in ("survey", "flags", "engine")}
+    columns |= {"input_kind": [CONTRACT.input_kind] * len(names)}
     columns |= {"source_id": list(names), "partition": [partition] * len(names)}
     columns |= {"source_version": [version] * len(names)}
     columns |= {name: np.ones(len(names), np.float32) for name in ("norm", "coverage")}

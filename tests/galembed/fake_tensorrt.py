@@ -1,8 +1,7 @@
-"""A TensorRT, and as much of CUDA as its runtime touches, that compute with torch on the CPU."""
+"""A TensorRT that computes with torch on the CPU."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from galembed.backbones import Backbone
 from galembed.runtimes.plans import Library
 from galembed.runtimes.torch import load_network
+from tests.galembed.fake_cuda import Stream
 from tests.galembed.plans import VERSION
 
 DTYPES = {"flux": torch.float32, "display": torch.uint8}
@@ -80,51 +80,6 @@ class Context:
         size = torch.Size(shape).numel() * dtype.itemsize
         memory = (ctypes.c_char * size).from_address(self._addresses[name])
         return torch.frombuffer(memory, dtype=dtype).view(shape)
-
-
-class Stream:
-    cuda_stream = 7
-
-    def synchronize(self) -> None:
-        pass
-
-
-class Cuda:
-    Stream = Stream
-    stream = device = staticmethod(contextlib.nullcontext)
-
-    @staticmethod
-    def is_available() -> bool:
-        return True
-
-    @staticmethod
-    def get_device_capability() -> tuple[int, int]:
-        return 8, 6
-
-    @staticmethod
-    def get_device_name(device: int) -> str:
-        return "a fake GPU"
-
-    @staticmethod
-    def current_device() -> int:
-        return 0
-
-    @staticmethod
-    def synchronize() -> None:
-        pass
-
-
-class Torch:
-    """Torch with a GPU whose memory is the CPU's."""
-
-    cuda = Cuda
-
-    @staticmethod
-    def empty(shape: tuple[int, ...], *, dtype: torch.dtype, device: str = "", pin_memory: bool = False) -> Any:
-        return torch.empty(shape, dtype=dtype)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
 
 
 def fake_tensorrt(backbone: Backbone, flavour: str = "tensorrt-rtx") -> Library:

@@ -14,6 +14,7 @@ import pyarrow as pa
 from galembed.schemas import FAILURES, StoreContract, embeddings_schema
 from galembed.sky import healpix_index
 from galembed.store import EMBEDDINGS_TABLE, FAILURES_TABLE, Store, open_store
+from galembed.store.places import storage_options
 
 DIM = 16
 CONTRACT = StoreContract(
@@ -98,13 +99,13 @@ def failed(keys: Sequence[tuple[str, str]], reason: str = "unreadable") -> pa.Ta
 
 
 def make_store(
-    path: Path,
+    path: str | Path,
     *data: dict[str, Any],
     contract: StoreContract = CONTRACT,
     failures: pa.Table | None = None,
 ) -> Store:
     """Write a store of these rows and open it."""
-    connection = lancedb.connect(path)
+    connection = lancedb.connect(path, storage_options=storage_options(path) or None)
     connection.create_table(EMBEDDINGS_TABLE, pa.concat_tables([arrow(part, contract) for part in data]))
     if failures is not None:
         connection.create_table(FAILURES_TABLE, failures)

@@ -28,6 +28,7 @@ from galembed.hats.write import export_hats
 from galembed.schemas import StoreContract
 from galembed.sky import healpix_index
 from galembed.store import Store, open_store
+from galembed.whole import made_whole
 from tests.galembed.stores import CONTRACT, DIM, arrow, make_store, rows
 
 NOWHERE = 7
@@ -274,7 +275,7 @@ def test_a_kill_leaves_one_whole_catalogue_and_the_same_command_works_again(
 
 def test_two_processes_do_not_write_the_same_catalogue(store: Store, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with write._made_whole(out, overwrite=False) as folder:
+    with made_whole(out, lambda there: None) as folder:
         (folder / "mine").write_text("")
         with pytest.raises(StoreBusy, match="out is being written by another process"):
             export_hats(store, out)

@@ -3,6 +3,7 @@ import json
 import lancedb
 import numpy as np
 import pytest
+import s3fs
 from click.testing import CliRunner
 
 from galembed.commands import index
@@ -10,6 +11,7 @@ from galembed.errors import BadRequest
 from galembed.store import EMBEDDINGS_TABLE, open_store
 from galembed.store import index as index_module
 from galembed.store.index import build_index
+from galembed.store.nearest import IndexSearch, indexed_rows, nearest_rows, scan_is_faster
 from tests.galembed.stores import DIM, arrow, make_store, rows
 
 
@@ -128,3 +130,56 @@ def test_empty_store_is_searched_exactly(tmp_path):
     assert build_index(make_store(tmp_path / "s", rows(0))).kind == "exact"
     with pytest.raises(BadRequest, match="use the kind exact"):
         build_index(open_store(tmp_path / "s"), "hnsw")
+
+
+def test_store_on_object_storage_keeps_what_was_measured(bucket):
+    place = f"{bucket}/s"
+    report = build_index(make_store(place, rows(300)), "hnsw", recall=0.5)
+    assert report.search.met
+    assert s3fs.S3FileSystem().exists(f"{place}/search.json")
+    store = open_store(place)
+    assert store.index_search("IvfHnswSq") == report.search
+    assert list(store.similar("legacy-1", k=1, exclude_self=False)["source_id"]) == ["legacy-1"]
+
+
+@pytest.mark.parametrize("kind", ["hnsw", "rq"])
+def test_many_hits_are_as_many_as_asked_for(tmp_path, kind):
+    store = make_store(tmp_path / "s", rows(4000))
+    build_index(store, kind, recall=0.5)
+    for k in (200, 2000):
+        found, exact = (store.similar("legacy-5", k, exact=way)["source_id"] for way in (False, True))
+        assert len(found) == k
+        assert len(set(found) & set(exact)) > 0.9 * k
+
+
+def test_rows_far_from_what_the_index_looks_into_are_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(index_module, "_partitions", lambda kind, rows: 8)
+    store = make_store(tmp_path / "s", rows(3000))
+    build_index(store, "rq", recall=0.1)
+    way = IndexSearch("IvfRq", nprobes=1, ef=128, refine=10)
+    smooth = store.vectors("kind = 'smooth'")[1][:5]
+    asked = (store.dataset, store.table, smooth, 10, "kind = 'spiral'", way)
+    found, distance = indexed_rows(*asked)
+    exact, true = nearest_rows(store.dataset, smooth, 10, "kind = 'spiral'")
+    assert np.array_equal(found, exact)
+    assert np.allclose(distance, true, atol=1e-6)
+
+
+def test_few_rows_are_scanned_and_many_are_not():
+    way = IndexSearch("IvfHnswSq", nprobes=1, ef=32, refine=1)
+    assert scan_is_faster(100, 1_000_000, 1, 10, way)
+    assert scan_is_faster(10_000, 1_000_000, 200, 10, way)
+    assert scan_is_faster(120_000, 120_000, 1, 100_000, way)
+    assert not scan_is_faster(100_000, 1_000_000, 1, 10, way)
+    assert not scan_is_faster(1_000_000, 1_000_000, 200, 10, way)
+    assert not scan_is_faster(1_000_000, 1_000_000, 1, 10_000, way)
+
+
+def test_hits_are_found_wherever_as_many_pass(tmp_path):
+    store = make_store(tmp_path / "s", rows(4000))
+    build_index(store, "rq", recall=0.5)
+    where = "mag_r < 14.05"
+    passing = store.table.count_rows(where)
+    assert 10 < passing < 100
+    for k, hits in ((10, 10), (passing - 1, passing - 1), (150, passing)):
+        assert len(store.similar(store.vectors()[1][0], k, where=where, exclude_self=False)) == hits

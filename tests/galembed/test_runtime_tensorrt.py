@@ -13,8 +13,9 @@ from galembed.errors import ArtifactMismatch, BadRequest, EmbeddingDrift
 from galembed.runtimes import Embedded, Runtime, choose_runtime, open_runtime
 from galembed.runtimes.plans import find_library, read_plan, write_plan
 from galembed.runtimes.proving import open_proved
-from galembed.runtimes.tensorrt import TensorRTRuntime, part_sizes, present_sm, run_parts
-from tests.galembed.fake_tensorrt import Torch, fake_tensorrt
+from galembed.runtimes.tensorrt import TensorRTRuntime, present_sm
+from tests.galembed.fake_cuda import Torch
+from tests.galembed.fake_tensorrt import fake_tensorrt
 from tests.galembed.plans import DriftingPlanRuntime, FakePlanRuntime, header_of, install_plan, library
 from tests.galembed.test_runtimes import RuntimeContract
 
@@ -82,42 +83,6 @@ def test_without_tensorrt_the_error_says_how_to_install_it(monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(BadRequest, match=r"TensorRT is not installed.*pip install 'galembed\[trt\]'"):
         find_library()
-
-
-@pytest.mark.parametrize("largest", [1, 32, 128])
-@pytest.mark.parametrize("images", [0, 1, 2, 7, 63, 64, 65, 128, 300, 1000])
-def test_parts_are_powers_of_two_that_make_up_the_batch(images: int, largest: int) -> None:
-    sizes = part_sizes(images, largest)
-    assert sum(sizes) == images
-    assert all(size & (size - 1) == 0 and 0 < size <= largest for size in sizes)
-    assert sizes == sorted(sizes, reverse=True)
-    assert images < 64 or len(sizes) > 1
-
-
-class CountingLane:
-    """Gives back the first pixel of each image."""
-
-    flying = most = 0
-
-    def start(self, images: np.ndarray, kind: str) -> None:
-        self._images = images
-        CountingLane.flying += 1
-        CountingLane.most = max(self.most, self.flying)
-
-    def finish(self) -> Embedded:
-        CountingLane.flying -= 1
-        first = self._images[:, 0].astype(np.float32)
-        return Embedded(first[:, None], first, first[:, None])
-
-
-@pytest.mark.parametrize("sizes", [[], [1], [4, 2, 1], [4, 4, 4, 2, 1]])
-def test_parts_come_back_in_order_with_two_in_flight(sizes: list[int]) -> None:
-    images = np.arange(2 * sum(sizes)).reshape(-1, 2)
-    CountingLane.flying = CountingLane.most = 0
-    parts = list(run_parts([CountingLane(), CountingLane()], images, "flux", sizes))
-    np.testing.assert_array_equal(np.concatenate([np.empty(0), *(part.norms for part in parts)]), images[:, 0])
-    assert CountingLane.most == min(2, len(sizes))
-    assert CountingLane.flying == 0
 
 
 def test_no_gpu_is_a_reason(copy: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +211,8 @@ class TestOnAFakeGpu(RuntimeContract):
     def gpu(self, tiny_backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         fake = fake_tensorrt(tiny_backbone)
         monkeypatch.setenv("GALEMBED_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr("galembed.runtimes.tensorrt.torch", Torch())
+        for module in ("tensorrt", "lanes"):
+            monkeypatch.setattr(f"galembed.runtimes.{module}.torch", Torch())
         monkeypatch.setattr("galembed.runtimes.plans.find_library", lambda flavour="": fake)
 
     @pytest.fixture

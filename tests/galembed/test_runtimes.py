@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from export.engines import export_engines
@@ -17,8 +19,10 @@ from galembed.backbones import Backbone, load_backbone
 from galembed.engines import read_engine, write_report
 from galembed.errors import ArtifactMismatch, ArtifactNotFound, BadRequest, EmbeddingDrift
 from galembed.fidelity import Tolerance
-from galembed.runtimes import Runtime, choose_runtime, open_runtime
+from galembed.runtimes import Runtime, choose_runtime, onnx, open_runtime
+from galembed.runtimes.onnx import OnnxRuntime
 from galembed.runtimes.torch import TorchRuntime
+from tests.galembed.fake_cuda import Torch
 
 
 @pytest.fixture(scope="module")
@@ -154,8 +158,6 @@ def test_float32_is_proved_on_every_processor_once_it_is_on_one(exported: Backbo
 
 
 def test_both_wheels_of_onnxruntime_are_explained(exported: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    from galembed.runtimes import onnx
-
     onnx._require_one_wheel.cache_clear()
     monkeypatch.setattr(onnx, "version", lambda name: "1.31.1")
     with pytest.raises(BadRequest, match=r"onnxruntime 1\.31\.1 and onnxruntime-gpu .* over each other"):
@@ -211,6 +213,50 @@ class TestOnnx(RuntimeContract):
             open_runtime(tiny_backbone, "onnxruntime")
 
 
+class TestOnnxOnAFakeGpu(RuntimeContract):
+    """Bound memory, streams and parts; ONNX Runtime itself computes on the CPU."""
+
+    @pytest.fixture(autouse=True)
+    def gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for module in ("lanes", "onnx_gpu"):
+            monkeypatch.setattr(f"galembed.runtimes.{module}.torch", Torch())
+        monkeypatch.setattr("galembed.runtimes.onnx_gpu.BoundSession.where", "cpu")
+        monkeypatch.setattr("galembed.runtimes.onnx.gpu_name", lambda: "a fake GPU")
+        monkeypatch.setitem(onnx._PROVIDERS, "cuda", "CPUExecutionProvider")
+
+    @pytest.fixture
+    def runtime(self, exported: Backbone) -> Runtime:
+        return OnnxRuntime(exported, read_engine(exported.engines / "onnx-fp32.json"), device="cuda")
+
+    @pytest.mark.parametrize("images", [3, 64, 129, 300])
+    def test_batches_of_any_size_come_back_in_order(self, runtime: Runtime, exported: Backbone, images: int) -> None:
+        samples = exported.samples()["display"]
+        alone = runtime.embed(samples, "display")
+        many = runtime.embed(samples[np.arange(images) % 4], "display")
+        np.testing.assert_allclose(many.vectors, alone.vectors[np.arange(images) % 4], atol=1e-5)
+        np.testing.assert_allclose(many.norms, alone.norms[np.arange(images) % 4], rtol=1e-4)
+        np.testing.assert_allclose(many.predictions, alone.predictions[np.arange(images) % 4], atol=1e-5)
+
+
+@pytest.mark.gpu
+class TestOnnxOnAGpu(RuntimeContract):
+    @pytest.fixture
+    def runtime(self, exported: Backbone) -> Runtime:
+        if not torch.cuda.is_available() or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            pytest.skip("torch sees no NVIDIA GPU, or onnxruntime-gpu is not installed")
+        return open_runtime(exported, "onnxruntime-cuda")
+
+    def test_it_runs_on_bound_memory(self, runtime: Runtime) -> None:
+        assert runtime.engine.startswith("onnxruntime-cuda-fp32:")
+        assert runtime._bound is not None  # type: ignore[attr-defined]
+
+    def test_large_batches_come_back_in_order(self, runtime: Runtime, exported: Backbone) -> None:
+        samples = exported.samples()["flux"]
+        alone = runtime.embed(samples, "flux").vectors
+        many = runtime.embed(samples[np.arange(700) % 4], "flux").vectors
+        np.testing.assert_allclose(many, alone[np.arange(700) % 4], atol=1e-4)
+
+
 def test_one_galaxy_through_both_doors_gives_almost_one_vector(
     exported: Backbone, record_property: Callable[[str, object], None]
 ) -> None:
@@ -232,7 +278,6 @@ def test_an_unknown_runtime_is_refused(tiny_backbone: Backbone) -> None:
 
 @pytest.mark.gpu
 def test_torch_on_a_gpu_agrees_with_torch_on_the_cpu(tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     on_gpu = TorchRuntime(tiny_backbone)

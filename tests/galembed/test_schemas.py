@@ -42,7 +42,7 @@ def test_a_table_without_a_contract_is_no_store() -> None:
 
 def test_a_store_of_another_format_names_both() -> None:
     schema = embeddings_schema(4, contract=StoreContract("e", "b", "flux", "fp32", format=99))
-    with pytest.raises(ArtifactMismatch, match="format 99, this galembed reads 2"):
+    with pytest.raises(ArtifactMismatch, match="format 99, of a newer galembed; this one reads up to 2"):
         StoreContract.from_schema(schema)
 
 

@@ -1,14 +1,17 @@
+import lancedb
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from galembed.errors import BadRequest
-from galembed.search import arrow_columns, check_where, healpix_ranges
+from galembed.search import any_of, arrow_columns, check_where, healpix_ranges
 from galembed.sky import healpix_index
 from galembed.store.index import build_index
 from tests.galembed.stores import make_store, rows
 
-COLUMNS = ("ra", "dec", "mag_r", "redshift", "survey", "smooth-or-featured", "LRGType")
+COLUMNS = ("ra", "dec", "mag_r", "redshift", "survey", "smooth-or-featured", "LRGType", "Twin", "TWIN")
 
 
 @pytest.mark.parametrize(
@@ -43,6 +46,12 @@ def test_expressions_over_columns_pass(where):
         ("mag_r < 19) OR (mag_r > 3", "brackets"),
         ("(mag_r < 19", "brackets"),
         ("survey = 'x", 'holds "\'"'),
+        ("mag_r < random()", "random is no function that a filter can call; there are abs, acos"),
+        ("squrt(mag_r) < 4", r"squrt is no function that a filter can call; did you mean sqrt\?"),
+        ("EXISTS (mag_r)", "EXISTS is no function"),
+        ("survey = x'00'", "put a space, or an operator, before \"'00'\""),
+        ("1e5dec < 2", "before 'dec' at character 4"),
+        ("twin < 3", "'twin' may be Twin or TWIN; spell it"),
     ],
 )
 def test_anything_else_is_refused(where, message):
@@ -55,12 +64,76 @@ def store(tmp_path_factory):
     return make_store(tmp_path_factory.mktemp("search") / "s", rows(600, seed=3))
 
 
-@pytest.mark.parametrize("where", ["mag_r <", "mag_r", "nofunction(mag_r) > 1", "mag_r = 'x'"])
+@pytest.mark.parametrize(
+    "where",
+    ["mag_r <", "mag_r", "mag_r < 19 survey", "mag_r < 19 AS kind", "sqrt(mag_r, mag_r, mag_r) > 1", "mag_r = 'x'"],
+)
 def test_what_lance_refuses_names_the_filter(store, where):
     with pytest.raises(BadRequest, match=r"the filter .*mag_r.* cannot be carried out: "):
         store.similar("legacy-1", where=where)
     with pytest.raises(BadRequest, match=r"the filter .*mag_r.* cannot be carried out: "):
         store.vectors(where)
+
+
+ODD = ("limit", "order", "a b", "smooth-or", "é", "we'ird", "Upper", "select", "date")
+
+
+def test_columns_of_odd_names_are_found(tmp_path):
+    numbers = np.arange(9.0)
+    table = pa.table({name: numbers + place for place, name in enumerate(ODD)})
+    odd = lancedb.connect(tmp_path).create_table("t", table)
+    for place, name in enumerate(ODD):
+        plain = [name, name.upper()] if name.isascii() and name.isidentifier() and name != "select" else []
+        for written in (f"`{name}`", *plain):
+            where = check_where(f"{written} < {place + 3}", ODD)
+            assert odd.search().where(f"({where})").to_arrow().num_rows == 3, written
+
+
+# What is in brackets and passes both checks is one expression; so nothing may pass that reads or does anything else.
+PIECES = (
+    "mag_r", "`limit`", "limit", "order", "by", "survey", "kind", "19", "1e1", "'a'", "';'", "'--'", "x'00'", "<", "=",
+    "AND", "OR", "NOT", "IN", "(", ")", ",", "+", "- -", "--", "/*", "*/", ";", "SELECT", "UNION", "FROM", "AS", "CASE",
+    "WHEN", "THEN", "END", "random()", "now()", "abs(", "EXISTS(", "::", "int", "$1", "?", "{", "@v", "\\", "TRUE",
+    "NULL",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def limits(tmp_path_factory):
+    table = pa.table(
+        {"mag_r": np.arange(30.0), "survey": ["a"] * 30, "kind": ["b"] * 30, "limit": [1] * 30, "order": [2] * 30}
+    )
+    return lancedb.connect(tmp_path_factory.mktemp("limits")).create_table("t", table)
+
+
+@settings(max_examples=300, deadline=None)
+@given(pieces=st.lists(st.sampled_from(PIECES), min_size=1, max_size=6))
+@example(pieces=["mag_r", "<", "19", "limit", "1"])
+@example(pieces=["mag_r", "<", "19", ";", "mag_r"])
+def test_what_passes_is_one_expression_of_the_row(limits, pieces):
+    where = " ".join(pieces)
+    try:
+        check_where(where, limits.schema.names)
+        passing = limits.search().where(f"({where})").select(["mag_r"]).to_arrow()["mag_r"].to_pylist()
+    except (BadRequest, ValueError, RuntimeError):
+        return
+    words = where.upper()
+    assert not any(
+        word in words for word in ("SELECT", "UNION", "FROM", "EXISTS", "BY", "RANDOM", "NOW", "?", "$", "@")
+    )
+    assert ";" not in where.replace("';'", "")
+    # NOT of a whole expression passes the other rows, nulls aside.
+    others = limits.search().where(f"NOT ({where})").select(["mag_r"]).to_arrow()["mag_r"].to_pylist()
+    assert not set(passing) & set(others)
+    again = limits.search().where(f"({where})").select(["mag_r"]).to_arrow()["mag_r"].to_pylist()
+    assert sorted(passing) == sorted(again)
+
+
+@settings(max_examples=100, deadline=None)
+@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=5), max_size=4))
+def test_any_text_goes_into_a_filter(texts):
+    where = any_of("survey", texts) if texts else "survey IS NULL"
+    assert check_where(where, COLUMNS) == where
 
 
 def test_ranges_cover_a_cone_and_not_much_more():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import lance
@@ -10,13 +12,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from galembed.backbones import Backbone
 from galembed.errors import ArtifactNotFound
 from galembed.store import checks
-from galembed.store.checks import verify
+from galembed.store.checks import StoreCheck, verify
 from galembed.store.commit import commit, prepare, tidy, upsert_failures
+from galembed.store.index import build_index
 from galembed.store.keys import open_table
 from galembed.store.lease import Lease
 from galembed.store.places import file_system
+from tests.galembed import stores
 from tests.galembed.commits import DIM, SCHEMA, Place, embeddings, failures, finished
 
 
@@ -115,6 +120,68 @@ def test_a_vector_that_is_not_of_length_one_is_found(tmp_path: Path, value: floa
     found = verify(tmp_path)
     assert (found.bad_vectors, found.ok, found.examples) == (1, False, ("x:b",))
     assert "1 vector(s) are not finite, or not of length one" in str(found)
+
+
+def planted(place: Path, **columns: object) -> StoreCheck:
+    """Check a store of 300 rows in which columns are not what they should be."""
+    contract = replace(stores.CONTRACT, backbone=str(place / "nowhere"))
+    table = stores.arrow(stores.rows(300), contract)
+    for name, values in columns.items():
+        column = pa.array(values, table.schema.field(name).type)
+        table = table.set_column(table.column_names.index(name), table.schema.field(name), column)
+    lance.write_dataset(table, place / "embeddings.lance")
+    return verify(place)
+
+
+def test_a_cell_that_is_not_that_of_the_position_is_found(tmp_path: Path) -> None:
+    cells = stores.arrow(stores.rows(300)).column("_healpix_29").to_pylist()
+    found = planted(tmp_path, _healpix_29=[cells[0] + 1, None, *cells[2:]])
+    assert (found.misplaced, found.ok, found.examples) == (2, False, ("legacy:legacy-0", "legacy:legacy-1"))
+    assert "2 row(s) have a _healpix_29" in str(found)
+
+
+def test_a_row_of_another_door_is_found(tmp_path: Path) -> None:
+    found = planted(tmp_path, input_kind=["flux"] * 299 + ["display"])
+    assert (found.strangers, found.ok, found.examples) == (1, False, ("legacy:legacy-299",))
+    assert "another door" in str(found)
+
+
+@pytest.mark.parametrize("column", ["source_id", "_healpix_29", "vector"])
+def test_an_index_of_other_rows_is_found(tmp_path: Path, column: str) -> None:
+    opened = stores.make_store(tmp_path / "s.lance", stores.rows(300), failures=stores.failed([]))
+    build_index(opened, "hnsw")
+    assert verify(tmp_path / "s.lance").ok
+    exchange_rows_under_the_indexes(tmp_path / "s.lance")
+    found = verify(tmp_path / "s.lance")
+    assert not found.ok
+    assert any(text.startswith(f"{column}_idx finds") for text in found.indexes)
+    assert "make it again with `galembed index" in str(found)
+
+
+def exchange_rows_under_the_indexes(place: Path) -> None:
+    """Put other rows into the one data file, as no commit does: the indexes know nothing of it."""
+    other = stores.rows(300, survey="galaxy")  # as long as the name of the rows that are there
+    other |= {"vector": -np.asarray(other["vector"]), "ra": (np.asarray(other["ra"]) + 180) % 360}
+    lance.write_dataset(stores.arrow(other), place / "other.lance")
+    (mine,) = (place / "embeddings.lance" / "data").glob("*.lance")
+    (theirs,) = (place / "other.lance" / "data").glob("*.lance")
+    mine.write_bytes(theirs.read_bytes())
+
+
+def test_a_backbone_that_is_another_now_is_named(tiny_backbone: Backbone, tmp_path: Path) -> None:
+    contract = replace(stores.CONTRACT, backbone=str(tiny_backbone.path))
+    stores.make_store(tmp_path / "other.lance", stores.rows(20), contract=contract)
+    found = verify(tmp_path / "other.lance")
+    assert not found.ok
+    assert "is another backbone now" in str(found)
+    same = replace(contract, embedding_id=tiny_backbone.embedding_id)
+    stores.make_store(tmp_path / "same.lance", stores.rows(20), contract=same)
+    assert verify(tmp_path / "same.lance").ok
+    copy = shutil.copytree(tiny_backbone.path, tmp_path / "copy")
+    text = (copy / "backbone.json").read_text().replace(tiny_backbone.embedding_id, "0" * 64)
+    (copy / "backbone.json").write_text(text)
+    stores.make_store(tmp_path / "c.lance", stores.rows(20), contract=replace(contract, backbone=str(copy)))
+    assert "cannot be trusted" in str(verify(tmp_path / "c.lance"))
 
 
 def test_where_there_is_no_store_nothing_is_verified(tmp_path: Path) -> None:

@@ -66,6 +66,12 @@ def test_same_seed_gives_same_pixels_and_tables_on_two_processes(survey: SurveyF
     assert again.sources.read_bytes() == survey.sources.read_bytes()
 
 
+def test_what_was_written_is_told_in_words(survey: SurveyFiles) -> None:
+    text = str(survey)
+    assert f"{survey.n_cutouts} cutouts in {survey.cutouts}, listed in {survey.cutout_catalogue}" in text
+    assert f"{survey.n_sources:,} sources in {len(survey.brick_names)} brick(s) of {survey.coadd}" in text
+
+
 def test_noise_seed_changes_noise_alone(survey: SurveyFiles, tmp_path: Path):
     other = simulate_survey(tmp_path / "b", seed=3, noise_seed=4, **(SMALL | {"bricks": 0, "cutouts": 2}))
     rows, theirs = Table.read(survey.cutout_catalogue)[:2], Table.read(other.cutout_catalogue)

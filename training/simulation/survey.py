@@ -61,6 +61,15 @@ class SurveyFiles:
     n_sources: int
     n_cutouts: int
 
+    def __str__(self) -> str:
+        lines = [f"{self.n_sources:,} sources in {len(self.brick_names)} brick(s) of {self.coadd}"] * bool(
+            self.n_sources
+        )
+        lines += [f"{self.n_cutouts:,} cutouts in {self.cutouts}, listed in {self.cutout_catalogue}"] * bool(
+            self.n_cutouts
+        )
+        return "\n".join([*lines, f"votes in {self.votes}, what is true in {self.truth}"])
+
 
 def simulate_survey(
     out: Path,

@@ -20,6 +20,8 @@ mkdir -p "$LOGS"
 
 # How many workers may be lost under a partition before it is suspected of killing them and halved.
 export DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES=${ALLOWED_FAILURES:-2}
+# What Dask keeps for its developers, a profile of each second and all messages, grows for hours.
+export DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED=False DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH=20
 
 stopped=
 trap 'stopped=1' INT TERM

@@ -46,6 +46,7 @@ def cluster(security: Security) -> SLURMCluster:
         shared_temp_directory=str(LOGS),
         security=security,
         scheduler_options={"dashboard_address": ":0"},
+        job_script_prologue=["export DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED=False"],
         # Workers leave before SLURM ends them, and not all at once.
         worker_extra_args=["--lifetime", f"{MINUTES - 10}m", "--lifetime-stagger", "4m"],
     )
@@ -62,6 +63,9 @@ def run(arguments: list[str]) -> None:
         "distributed.comm.tls.client.key": security.tls_client_key,
         # How many workers may be lost under a partition before it is suspected of killing them and halved.
         "distributed.scheduler.allowed-failures": 5,
+        # What Dask keeps for its developers, a profile of each second and all messages, grows for hours.
+        "distributed.worker.profile.enabled": False,
+        "distributed.admin.low-level-log-length": 20,
     }
     with dask.config.set(settings), cluster(security) as jobs:
         if arguments == ["--job-script"]:

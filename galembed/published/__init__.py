@@ -1,0 +1,1 @@
+"""Published embeddings: tables of vectors, ids and positions, to a store and from one."""

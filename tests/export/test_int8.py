@@ -1,0 +1,142 @@
+"""int8: ranges, what is evened out and put right, and the form of the graph that it begins from."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from export.int8 import Grid, Quantiser, graph_layers, grid, mean_output, shares, weight_steps
+from export.onnx import write_graph
+from export.rows import with_rows
+from galembed.backbones import Backbone
+from galembed.errors import BadRequest
+from galembed.mappings import LEGACY_DR2
+from galembed.network import GalaxyNetwork
+
+
+@pytest.fixture
+def images() -> np.ndarray[Any, np.dtype[np.float32]]:
+    return np.random.default_rng(2).normal(50, 100, (12, 3, 32, 32)).astype(np.float32)
+
+
+def network(architecture: str) -> GalaxyNetwork:
+    torch.manual_seed(3)
+    sized = {"img_size": 32} if "vit" in architecture else {}
+    args = {"mapping": LEGACY_DR2, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+    made = GalaxyNetwork(architecture, sized, **args)  # type: ignore[arg-type]
+    for parameter in made.parameters():  # layer scales begin as nothing
+        torch.nn.init.normal_(parameter, 0.1, 0.3)
+    return made.eval()
+
+
+def rounding_error(rows: np.ndarray[Any, Any], steps: Grid) -> float:
+    return float(np.square(steps.rounded(rows) - rows).mean())
+
+
+@pytest.mark.parametrize("architecture", ["test_convnext", "test_convnext2", "test_convnext3", "test_vit"])
+def test_a_network_as_rows_gives_the_same(architecture: str) -> None:
+    before = network(architecture)
+    x = torch.rand(3, 3, 32, 32)
+    with torch.inference_mode():
+        torch.testing.assert_close(with_rows(before).features(x), before.features(x), rtol=2e-5, atol=2e-5)
+
+
+def test_linear_layers_hand_on_float32_and_convolutions_8_bits(tiny_backbone: Backbone, tmp_path: Path) -> None:
+    graph = tmp_path / "rows.onnx"
+    write_graph(tiny_backbone, graph, rows=True)
+    model = onnx.load(graph)
+    ops = {node.name: node.op_type for node in model.graph.node}
+    layers = graph_layers(model, tiny_backbone)
+    assert {(ops[layer.node], layer.family, bool(layer.result)) for layer in layers} == {
+        ("Conv", "stem", True),
+        ("Conv", "depthwise", True),
+        ("Conv", "conv", True),
+        ("Gemm", "linear", False),
+    }
+    linear = [layer for layer in layers if layer.family == "linear"]
+    assert [bool(layer.norm) for layer in linear] == [True, False] * (len(linear) // 2)
+
+
+def test_an_int8_graph_has_what_was_asked_for_in_8_bits(
+    tiny_backbone: Backbone, tmp_path: Path, images: np.ndarray[Any, Any]
+) -> None:
+    graph, made = tmp_path / "rows.onnx", tmp_path / "int8.onnx"
+    write_graph(tiny_backbone, graph, rows=True)
+    quantiser = Quantiser(graph, tiny_backbone, images, "flux")
+    quantiser.write(made, ("stem", "depthwise"))
+    model = onnx.load(made)
+    onnx.checker.check_model(model)
+    steps = {one.name for one in model.graph.initializer if one.data_type == onnx.TensorProto.INT8 and one.dims[1:]}
+    expected = {f"{layer.node}_1_steps" for layer in quantiser.layers if layer.family not in ("stem", "depthwise")}
+    assert steps == expected
+    with pytest.raises(BadRequest, match="no layer in int8, but for stem, depthwise, conv, linear"):
+        quantiser.write(made, ("stem", "depthwise", "conv", "linear"))
+
+
+def test_layers_left_in_float32_are_what_they_were(
+    tiny_backbone: Backbone, tmp_path: Path, images: np.ndarray[Any, Any]
+) -> None:
+    """With all but a few layers in float32, what was evened out for the others must not show."""
+    graph, made = tmp_path / "rows.onnx", tmp_path / "int8.onnx"
+    write_graph(tiny_backbone, graph, rows=True)
+    quantiser = Quantiser(graph, tiny_backbone, images, "flux")
+    quantiser.write(made, ("stem", "depthwise", "linear"))
+    vectors = []
+    for file in (graph, made):
+        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        display = np.zeros((0, 3, 32, 32), np.uint8)
+        vectors.append(session.run(["vector"], {"flux": images, "display": display})[0])
+    assert (vectors[0] * vectors[1]).sum(axis=1).min() > 0.999
+
+
+def test_a_range_covers_what_is_common_and_holds_zero() -> None:
+    rows = np.random.default_rng(0).uniform(1, 5, (4000, 8)).astype(np.float32)
+    steps = grid(rows)
+    assert steps.zero == 0
+    assert rounding_error(rows, steps) == pytest.approx(float(steps.scale) ** 2 / 12, rel=0.1)
+    assert np.all(grid(rows - 6).rounded(np.zeros(1, np.float32)) == 0)
+
+
+def test_a_range_leaves_extremes_out_where_that_has_the_least_error() -> None:
+    rows = np.random.default_rng(0).lognormal(0, 1, (40_000, 8)).astype(np.float32)
+    ends = rows.max() * np.geomspace(0.01, 1, 200)
+    errors = [rounding_error(rows, Grid(np.float32(end / 255), np.uint8(0))) for end in ends]
+    assert errors[-1] > 1.2 * min(errors)
+    assert rounding_error(rows, grid(rows)) < 1.05 * min(errors)
+
+
+def test_evening_out_a_large_channel_lowers_the_error_of_the_product() -> None:
+    rng = np.random.default_rng(1)
+    rows = rng.normal(0, 1, (2000, 16)).astype(np.float32)
+    rows[:, 5] *= 60
+    weight = rng.normal(0, 1, (8, 16)).astype(np.float32)
+    truth = rows @ weight.T
+    errors = []
+    for share in (np.ones(16, np.float32), shares(rows, weight)):
+        steps, scale = weight_steps(weight * share)
+        product = grid(rows / share).rounded(rows / share) @ (steps * scale[:, None]).T
+        errors.append(float(np.square(product - truth).mean()))
+    assert errors[1] < errors[0] / 4
+
+
+def test_weights_have_a_unit_for_each_output_channel() -> None:
+    weight = np.random.default_rng(0).normal(0, 1, (3, 4, 2, 2)).astype(np.float32)
+    weight *= np.array([1, 100, 0], np.float32)[:, None, None, None]
+    steps, scale = weight_steps(weight)
+    assert np.abs(steps[:2]).reshape(2, -1).max(axis=1).tolist() == [127, 127]
+    assert np.all(np.abs(steps * scale[:, None, None, None] - weight) <= scale[:, None, None, None] / 2 + 1e-6)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_the_mean_output_is_that_of_the_layer(groups: int) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(6, 12, 3, groups=groups, bias=False)
+    image = torch.rand(1, 6, 1, 1).expand(1, 6, 9, 9)
+    rows = image[0, :, 0, :].T.numpy()
+    with torch.inference_mode():
+        truth = layer(image).mean(dim=(0, 2, 3)).numpy()
+    assert mean_output(layer.weight.detach().numpy(), rows) == pytest.approx(truth, abs=1e-5)
