@@ -128,6 +128,9 @@ class JobReport:
 _BUSY: Final = 0.8
 """Share of the time in an engine from which nothing else is worth speeding up."""
 
+_IDLE: Final = 0.3
+"""Share of the time in an engine below which workers that do little else stand idle, as in a small job."""
+
 
 def bound_by(seconds: Timings, busy: float) -> str:
     """Return in words what a job's speed hangs on.
@@ -142,7 +145,8 @@ def bound_by(seconds: Timings, busy: float) -> str:
     spent = {"reading": seconds.read, "cutting": seconds.cut, "writing": seconds.write}
     if not seconds.infer and not any(spent.values()):
         return "nothing measured yet"
-    if busy >= _BUSY or seconds.infer >= sum(spent.values()):
+    foremost = seconds.infer >= sum(spent.values())
+    if busy >= _BUSY or (foremost and busy >= _IDLE):
         return f"bound by the engine, at work {busy:.0%} of the time"
-    most = max(spent, key=lambda stage: spent[stage])
+    most = "starting and waiting" if foremost else max(spent, key=lambda stage: spent[stage])
     return f"bound by {most}; the engine is at work {busy:.0%} of the time"

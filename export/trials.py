@@ -124,8 +124,11 @@ def _cutouts(
     """Return up to `count` cutouts in the order of their hashed ids, on disk, and their keys."""
     table = reader.sources().table
     columns = [table[name].to_pylist() for name in ("survey", "source_id", "ra", "dec")]
-    names = [f"{survey}/{name} at {ra} {dec}" for survey, name, ra, dec in zip(*columns, strict=True)]
-    order = sorted(range(len(names)), key=lambda at: hashlib.sha256(names[at].split(" at ")[0].encode()).digest())
+    names, hashes = [], []
+    for survey, name, ra, dec in zip(*columns, strict=True):
+        hashes.append(hashlib.sha256(f"{survey}/{name}".encode()).digest())
+        names.append(f"{survey}/{name} at {ra} {dec}")  # two simulations give the same ids to other galaxies
+    order = sorted(range(len(names)), key=hashes.__getitem__)
     order = [at for at in order if names[at] not in (taken or ())]
     size = backbone.contract.size
     dtype = np.float32 if reader.kind == "flux" else np.uint8

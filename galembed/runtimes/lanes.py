@@ -96,8 +96,8 @@ class GpuLane(ABC):
         np.copyto(self._host[kind][: self.images].numpy(), images)
         with torch.cuda.stream(self.stream):
             self.device[kind][: self.images].copy_(self._host[kind][: self.images], non_blocking=True)
-            rows = {name: self.images if name == kind else 0 for name, tensor in self.tensors.items() if tensor.taken}
-            self.run({name: self.tensors[name].of(images) for name, images in rows.items()})
+            doors = {name: tensor for name, tensor in self.tensors.items() if tensor.taken}
+            self.run({name: tensor.of(self.images if name == kind else 0) for name, tensor in doors.items()})
             for name, tensor in self.tensors.items():
                 if not tensor.taken:
                     self._host[name][: self.images].copy_(self.device[name][: self.images], non_blocking=True)

@@ -21,7 +21,15 @@ from galembed.sky import healpix_index
 from galembed.store import open_store
 from galembed.store.keys import KEY, UNIT_SEPARATOR, joined, joined_key, key_hashes, open_table, repeated_values
 from galembed.store.nearest import matrix
-from galembed.store.places import EMBEDDINGS_TABLE, FAILURES_TABLE, at_storage, file_system, first_line, is_folder
+from galembed.store.places import (
+    EMBEDDINGS_TABLE,
+    FAILURES_TABLE,
+    at_storage,
+    file_system,
+    first_line,
+    is_folder,
+    require_store,
+)
 
 UNIT_TOLERANCE: Final = 1e-3
 """How far the length of a vector may be from one; rounded to float16, it is off by 5e-4 at most."""
@@ -132,8 +140,7 @@ def verify(store: str | Path) -> StoreCheck:
     StorageError
         If it cannot be read.
     """
-    if not is_folder(store, f"{EMBEDDINGS_TABLE}.lance"):
-        raise ArtifactNotFound(f"no store at {store}; make one with `galembed embed SOURCES --store PATH`")
+    require_store(store)
     failed, lost, broken = _failures(store)
     dataset = open_table(store, EMBEDDINGS_TABLE)
     whole, missing = _whole_fragments(store, EMBEDDINGS_TABLE, dataset)

@@ -11,10 +11,10 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from galembed.errors import ArtifactNotFound, BadRequest
+from galembed.errors import BadRequest
 from galembed.store.keys import KEY, joined, joined_key, open_table
 from galembed.store.lease import Lease
-from galembed.store.places import EMBEDDINGS_TABLE, FAILURES_TABLE, at_storage, is_folder
+from galembed.store.places import EMBEDDINGS_TABLE, FAILURES_TABLE, at_storage, require_store
 
 _OPERATIONS: Final = {
     "Append": "embedded",
@@ -114,8 +114,7 @@ def history(store: str | Path) -> list[Version]:
     StorageError
         If it cannot be read.
     """
-    if not is_folder(store, f"{EMBEDDINGS_TABLE}.lance"):
-        raise ArtifactNotFound(f"no store at {store}; make one with `galembed embed SOURCES --store PATH`")
+    require_store(store)
     dataset, failed = open_table(store, EMBEDDINGS_TABLE), open_table(store, FAILURES_TABLE)
     found: list[Version] = []
     before, beside = 0, failed.versions()

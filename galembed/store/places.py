@@ -16,7 +16,7 @@ from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 import fsspec
 import fsspec.config
 
-from galembed.errors import BadRequest, GalembedError, StorageError
+from galembed.errors import ArtifactNotFound, BadRequest, GalembedError, StorageError
 from galembed.files import is_url
 
 EMBEDDINGS_TABLE: Final = "embeddings"
@@ -134,6 +134,18 @@ def is_folder(store: str | Path, *names: str) -> bool:
     """Tell whether a folder of a store is there and, on object storage, holds something."""
     system, root = file_system(store)
     return bool(system.isdir("/".join((root, *names))))
+
+
+def require_store(store: str | Path) -> None:
+    """Refuse a place that has no store.
+
+    Raises
+    ------
+    ArtifactNotFound
+        With how to make one.
+    """
+    if not is_folder(store, f"{EMBEDDINGS_TABLE}.lance"):
+        raise ArtifactNotFound(f"no store at {store}; make one with `galembed embed SOURCES --store PATH`")
 
 
 def at_storage(function: Callable[Concatenate[str | Path, _P], _R]) -> Callable[Concatenate[str | Path, _P], _R]:

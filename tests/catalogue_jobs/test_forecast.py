@@ -85,6 +85,7 @@ def test_a_calibration_counts_what_was_embedded_and_nothing_that_failed(tiny_bac
         (Timings(read=1, cut=1, infer=2, write=9), 0.1, "bound by writing; the engine is at work 10% of the time"),
         (Timings(read=1, cut=1, infer=9, write=1), 0.5, "bound by the engine, at work 50% of the time"),
         (Timings(read=9, cut=1, infer=9), 0.95, "bound by the engine, at work 95% of the time"),
+        (Timings(read=1, infer=9), 0.1, "bound by starting and waiting; the engine is at work 10% of the time"),
         (Timings(), 0.0, "nothing measured yet"),
     ],
 )
