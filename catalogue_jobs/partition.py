@@ -303,8 +303,9 @@ def _embeddings(
         "input_kind": [kind] * count,
         "engine": [engine] * count,
         "partition": [partition] * count,
-        THUMBNAIL.name: pa.array([collected.thumbnails.get(row) for row in collected.rows], THUMBNAIL.type),
     }
+    if collected.thumbnails:
+        columns[THUMBNAIL.name] = pa.array([collected.thumbnails[row] for row in collected.rows], THUMBNAIL.type)
     columns |= {name: predictions[:, at] for at, name in enumerate(names)}
     return _table(columns, schema)
 

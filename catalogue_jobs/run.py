@@ -431,7 +431,8 @@ def _schema(
         If a catalogue column has the name of one of the store's own.
     """
     carried = [item.with_nullable(True) for item in listed if item.name not in SOURCES.names]
-    own = {*embeddings_schema(1, answers=backbone.answers, values=backbone.values).names, THUMBNAIL.name}
+    own = set(embeddings_schema(1, answers=backbone.answers, values=backbone.values).names)
+    own |= {THUMBNAIL.name} if thumbnails else set()
     taken = [item.name for item in carried if item.name in own]
     if taken:
         raise SchemaMismatch(

@@ -200,12 +200,16 @@ def pictures_of(store: Store, keys: list[tuple[str, str]], name: str | None = No
     -------
     list of ndarray, shape (y, x, 3), or str
     """
-    mapping = named_mapping(name) if name else _mapping(store)
+    chosen = named_mapping(name) if name else None
     found: dict[tuple[str, str], Picture] = {}
-    if store.contract.thumbnails and not name:
+    if store.contract.thumbnails and chosen is None:
         kept = store.rows(keys, ["survey", "source_id", THUMBNAIL.name]).to_pylist()
         found = {(row["survey"], row["source_id"]): image_of(row["thumbnail"]) for row in kept if row["thumbnail"]}
-    rows = store.rows([key for key in keys if key not in found], _PICTURE_COLUMNS)
+    others = [key for key in keys if key not in found]
+    if not others:
+        return [found[key] for key in keys]
+    mapping = chosen or _mapping(store)
+    rows = store.rows(others, _PICTURE_COLUMNS)
     found |= {
         (survey, source_id): _picture(cut, mapping)
         for survey, source_id, cut in zip(

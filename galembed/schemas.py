@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
 import pyarrow as pa
@@ -46,8 +46,8 @@ THUMBNAIL: Final = _field(
     "thumbnail", pa.binary(), "JPEG of the cutout, top row first; where the store keeps them", nullable=True
 )
 
-THUMBNAIL_BYTES: Final = 2000
-"""About what one takes."""
+THUMBNAIL_BYTES: Final = 1400
+"""About what one takes; see `galembed.thumbnails` for what was measured."""
 
 SOURCES: Final = pa.schema(
     [
@@ -150,6 +150,26 @@ def embeddings_schema(
     ]
     metadata = {CONTRACT_KEY: contract.to_json()} if contract else None
     return pa.schema(fields, metadata=metadata)
+
+
+def part_of(schema: pa.Schema, names: Container[str]) -> pa.Schema:
+    """Return a store's schema with some of its columns; the contract says whether `thumbnail` is still among them."""
+    fields = [item for item in schema if item.name in names]
+    contract = StoreContract.from_schema(schema)
+    if not contract.thumbnails or THUMBNAIL.name in names:
+        return pa.schema(fields, metadata=schema.metadata)
+    return pa.schema(fields, metadata=schema.metadata | {CONTRACT_KEY: replace(contract, thumbnails=0).to_json()})
+
+
+def row_bytes(schema: pa.Schema) -> int:
+    """Return about how much memory a row takes."""
+    vectors = (item.type for item in schema if pa.types.is_fixed_size_list(item.type))
+    pictures = sum(pa.types.is_binary(item.type) for item in schema)
+    return (
+        48 * len(schema)
+        + sum(int(dtype.list_size) * int(dtype.value_type.bit_width) // 8 for dtype in vectors)
+        + THUMBNAIL_BYTES * pictures
+    )
 
 
 def _prediction(answer: str, unit: str | None) -> pa.Field:

@@ -38,7 +38,7 @@ FLOORS = {
     "galembed.questions": 1,
     "galembed.schemas": 1,
     "galembed.sky": 1,
-    "galembed.samp": 1,
+    "galembed.samp": 2,
     "galembed.regions": 2,
     "galembed.files": 1,
     "galembed.quality": 1,

@@ -65,7 +65,7 @@ def import_command(
 @click.command("export-parquet")
 @click.argument("store")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--columns", metavar="NAME,NAME,...", help="Catalogue columns and predictions to write.  [default: all]")
+@click.option("--columns", metavar="NAME,NAME,...", help="Catalogue columns, predictions, thumbnail.  [default: all]")
 @click.option("--where", help='SQL filter on the columns, such as "mag_r < 19 AND redshift < 0.1".')
 @click.option(
     "--rows-per-file", type=click.IntRange(min=1), default=1_000_000, show_default=True, help="Most rows of a file."

@@ -50,7 +50,7 @@ from galembed.store.status import Status
 POSITION_TOLERANCE_ARCSEC: Final = 5.0
 """How far the source may lie from a position that is asked about."""
 
-_OWN_COLUMNS = frozenset([*embeddings_schema(1).names, THUMBNAIL.name])
+_OWN_COLUMNS = frozenset(embeddings_schema(1).names)
 _CHUNK = 500  # ids per SQL filter
 _CONES = 50  # cones per SQL filter
 
@@ -129,6 +129,7 @@ class Store:
     def carried(self) -> tuple[str, ...]:
         """Catalogue columns: neither galembed's own nor predictions."""
         own = _OWN_COLUMNS | set(answers_of(self.schema))
+        own |= {THUMBNAIL.name} if self.contract.thumbnails else set()
         return tuple(name for name in self.schema.names if name not in own)
 
     @property

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,21 @@ def test_columns_and_rows_can_be_chosen(store: Store, tmp_path: Path) -> None:
     assert sorted(few["source_id"].to_pylist()) == sorted(row["source_id"] for row in near if row["ra"] is not None)
     export_hats(store, tmp_path / "vectors", columns=[])
     assert written(tmp_path / "vectors").column_names == [*always, "vector"]
+
+
+def test_thumbnails_are_written_only_if_asked_for(tmp_path: Path) -> None:
+    contract = replace(CONTRACT, thumbnails=64)
+    kept = [None if number == 3 else b"jpeg %d" % number for number in range(50)]
+    pictured = make_store(tmp_path / "s", rows(50, thumbnail=kept), contract=contract)
+    for name, columns, expected in (("without", None, CONTRACT), ("asked", ["thumbnail", "mag_r"], contract)):
+        export_hats(pictured, tmp_path / name, columns=columns)
+        schema = pq.read_schema(tmp_path / name / "dataset" / "_common_metadata")
+        assert StoreContract.from_schema(schema) == expected
+        assert ("thumbnail" in schema.names) == (name == "asked")
+    table = written(tmp_path / "asked")
+    assert dict(zip(table["source_id"].to_pylist(), table["thumbnail"].to_pylist(), strict=True)) == dict(
+        zip(pictured.table.to_arrow()["source_id"].to_pylist(), kept, strict=True)
+    )
 
 
 def test_what_does_not_fit_the_store_is_refused_and_nothing_left(store: Store, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from click.testing import CliRunner
 from matplotlib.figure import Figure
 from PIL import Image
 
-from galembed import sources
+from galembed import pictures, sources
 from galembed.cli import main
 from galembed.cutouts import Cutout
 from galembed.errors import ArtifactMismatch, BadRequest, UnreadableInput
@@ -243,6 +243,26 @@ def test_another_mapping_takes_the_files(pictured):
 def test_pictures_are_no_catalogue_column(pictured):
     assert pictured.carried == ("mag_r", "redshift", "kind")
     assert "pictures of 64 pixels" in str(pictured.status())
+    assert "thumbnail" not in pictured.similar("legacy-3", k=2).colnames
     hits = pictured.similar("legacy-3", k=59, exclude_self=False, columns=["thumbnail"])
     assert hits["thumbnail"].mask.sum() == 1
     assert hits.to_arrow()["thumbnail"].null_count == 1
+
+
+def test_a_filter_may_ask_only_whether_there_is_a_picture(pictured):
+    assert list(pictured.similar("legacy-5", where="thumbnail IS NULL")["source_id"]) == ["legacy-3"]
+    with pytest.raises(BadRequest, match=r"the filter \"thumbnail = 'x'\" cannot be carried out.*'Binary'"):
+        pictured.similar("legacy-5", where="thumbnail = 'x'")
+
+
+def test_kept_pictures_need_neither_files_nor_backbone(pictured, monkeypatch, tmp_path):
+    def gone(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(sources, "recut", gone)
+    monkeypatch.setattr(pictures, "load_backbone", gone)
+    hits = pictured.similar("legacy-5", k=20, where="thumbnail IS NOT NULL")
+    hits.show(tmp_path / "hits.png", columns=["mag_r"])
+    hits.report(tmp_path / "hits.html")
+    assert (tmp_path / "hits.html").read_text().count("data:image/jpeg;base64,") == 21
+    assert len(neighbours_figure([hits]).axes) == 21
