@@ -303,7 +303,8 @@ def _grid(rows: int, columns: int) -> tuple[Figure, list[Axes]]:
 def _draw(axis: Axes, image: Picture, title: str) -> None:
     axis.set_title(title, fontsize=7, pad=2)
     if not isinstance(image, str):
-        axis.imshow(image, origin="lower", interpolation="nearest")
+        # A thumbnail has fewer pixels than it is drawn with, and would show them.
+        axis.imshow(image, origin="lower", interpolation="bicubic" if len(image) < PIXELS else "nearest")
         return
     axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     axis.spines[:].set(visible=True, color="0.7")

@@ -53,7 +53,7 @@ def jpeg(image: NDArray[Any], *, quality: int = QUALITY) -> bytes:
     """
     pixels = image if image.dtype == np.uint8 else np.round(255 * image).astype(np.uint8)
     buffer = io.BytesIO()
-    # On small pictures colour at full resolution costs 15 to 40%, which Huffman tables of their own save again.
+    # On small pictures colour at full resolution costs 15 to 40%, of which Huffman tables of their own save most again.
     Image.fromarray(np.ascontiguousarray(pixels[::-1])).save(
         buffer, "JPEG", quality=quality, subsampling=0, optimize=True
     )

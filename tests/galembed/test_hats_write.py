@@ -26,7 +26,7 @@ from galembed.errors import ArtifactMismatch, BadRequest, StorageError, StoreBus
 from galembed.hats import open_hats, read_properties, write
 from galembed.hats.cells import count_bins, cut_cells, runs_of
 from galembed.hats.write import export_hats
-from galembed.schemas import StoreContract
+from galembed.schemas import StoreContract, row_bytes
 from galembed.sky import healpix_index
 from galembed.store import Store, open_store
 from galembed.whole import made_whole
@@ -392,7 +392,7 @@ def test_no_more_rows_are_in_memory_than_a_stretch_has(
 
     monkeypatch.setattr(write._Stretches, "tables", measured)
     monkeypatch.setattr(write, "_HELD_BYTES", 10_000)
-    monkeypatch.setattr(write, "_STRETCH_BYTES", 300 * write._row_bytes(store.schema))
+    monkeypatch.setattr(write, "_STRETCH_BYTES", 300 * row_bytes(store.schema))
     export_hats(store, tmp_path / "out")
     assert sum(sizes) == COUNT - NOWHERE
     assert max(sizes) <= 300

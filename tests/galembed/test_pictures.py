@@ -231,6 +231,8 @@ def test_kept_pictures_come_before_the_files(pictured):
     assert len(images) == 60  # the file of number 5 is gone, its picture is not
     assert sum(image.shape == (64, 64, 3) and image[0, 0, 0] > 250 for image in images) == 59
     assert sum(image.shape == (128, 128, 3) for image in images) == 1
+    ways = {image.get_array().shape[0]: image.get_interpolation() for axis in figure.axes for image in axis.images}
+    assert ways == {64: "bicubic", 128: "nearest"}
 
 
 @pytest.mark.usefixtures("pixels")

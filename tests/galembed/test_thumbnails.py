@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from galembed.mappings import LEGACY_DR2
+from galembed.mappings import LEGACY_DR2, MAPPINGS
 from galembed.thumbnails import image_of, jpeg, thumbnail
 
 
@@ -36,10 +36,20 @@ def test_even_sky_has_the_mappings_own_colour():
     np.testing.assert_allclose(image_of(thumbnail(flux, LEGACY_DR2))[32, 32] / 255, expected, atol=0.03)
 
 
-def test_missing_data_is_empty_sky():
-    flux = np.full((3, 64, 64), np.nan, np.float32)
-    empty = np.zeros((3, 64, 64), np.float32)
+@pytest.mark.parametrize("side", [32, 64, 96])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_missing_data_is_empty_sky(value, side):
+    flux = np.full((3, side, side), value, np.float32)
+    empty = np.zeros((3, side, side), np.float32)
     assert thumbnail(flux, LEGACY_DR2) == thumbnail(empty, LEGACY_DR2)
+    empty[:, :, side // 2 :] = flux[:, :, side // 2 :]
+    assert np.ptp(image_of(thumbnail(empty, LEGACY_DR2))) == 0
+
+
+@pytest.mark.parametrize("mapping", MAPPINGS.values(), ids=MAPPINGS)
+def test_no_flux_is_too_bright_or_too_negative(mapping):
+    flux = np.random.default_rng(0).choice([-1e30, -1.0, 0.0, 1.0, 1e30], (3, 96, 96)).astype(np.float32)
+    assert image_of(thumbnail(flux, mapping)).shape == (64, 64, 3)
 
 
 def test_display_images_are_averaged():
