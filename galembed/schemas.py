@@ -166,7 +166,7 @@ def part_of(schema: pa.Schema, names: Container[str]) -> pa.Schema:
 def row_bytes(schema: pa.Schema) -> int:
     """Return about how much memory a row takes."""
     vectors = (item.type for item in schema if pa.types.is_fixed_size_list(item.type))
-    pictures = sum(pa.types.is_binary(item.type) for item in schema)
+    pictures = sum(1 for item in schema if pa.types.is_binary(item.type))
     return (
         48 * len(schema)
         + sum(int(dtype.list_size) * int(dtype.value_type.bit_width) // 8 for dtype in vectors)
