@@ -1,10 +1,11 @@
 """Is OpenVINO's int8 ahead of ONNX Runtime's, at equal fidelity, on this processor?
 
-    python benchmarks/openvino_int8.py builtin survey/cutouts     # pip install openvino nncf
+    galembed export BACKBONE --precision fp32 --precision int8 --verify SOURCE --calibrate OTHER
+    python benchmarks/openvino_int8.py BACKBONE SOURCE     # pip install openvino nncf
 
-Both start from the same float32 graph of a backbone and find their ranges on the same cutouts. ONNX Runtime's is
-quantised as `galembed export` does, OpenVINO's by NNCF: as it comes, and with the same layers left in float32. One
-thread; the engines take turns, batch by batch; ratios are taken within a round.
+Both run the two engines that `galembed export` installed in the backbone, the same files. Beside them is what NNCF,
+OpenVINO's own tool, makes of the float32 one: as it comes, and with the layers in float32 that the int8 engine has so,
+its ranges found on 128 other cutouts. One thread; the engines take turns, batch by batch; ratios are within a round.
 """
 
 from __future__ import annotations
@@ -12,22 +13,23 @@ from __future__ import annotations
 import argparse
 import logging
 import statistics
-import tempfile
 import time
+from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import nncf
 import numpy as np
+import onnx
+import onnxruntime
 import openvino
 from numpy.typing import NDArray
 
-from export.int8 import calibrate, node_families, quantise
-from export.onnx import write_graph
+from export.int8 import graph_layers
 from export.trials import Evidence, gather
-from galembed.backbones import Backbone, file_digest, load_backbone
-from galembed.engines import EngineRecord
+from galembed.backbones import load_backbone
+from galembed.engines import EngineRecord, read_engines
 from galembed.fidelity import compare
 from galembed.runtimes import Runtime
 from galembed.runtimes.machine import cpu_name
@@ -35,17 +37,16 @@ from galembed.runtimes.onnx import OnnxRuntime
 from galembed.runtimes.protocol import Embedded, doors
 from galembed.sources import open_source
 
-METHOD = "entropy"
-CHEAP = ("depthwise", "stem", "conv")
 BATCH = 32
 
 
 class OpenVino:
     """A compiled model on one thread."""
 
-    engine, numeric_class = "openvino", "int8"
+    engine = "openvino"
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, numeric_class: str) -> None:
+        self.numeric_class = numeric_class
         # Float32 where it is not int8: by itself OpenVINO takes bfloat16 on processors that have it.
         hints = {"INFERENCE_NUM_THREADS": 1, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
         self._model = openvino.Core().compile_model(model, "CPU", hints)
@@ -55,27 +56,13 @@ class OpenVino:
         return Embedded(*(np.array(outputs[place]) for place in range(3)))
 
 
-def onnx_runtime(backbone: Backbone, file: Path, numeric_class: str) -> OnnxRuntime:
-    record = EngineRecord(
-        name=f"onnx-{numeric_class}",
-        format="onnx",
-        numeric_class=numeric_class,
-        file=file.name,
-        sha256=file_digest(file),
-        embedding_id=backbone.embedding_id,
-        head_id=backbone.head_id,
-        status="verified",
-    )
-    return OnnxRuntime(backbone, record, threads=1, engines=file.parent)
-
-
-def by_nncf(graph: Path, evidence: Evidence, kept: list[str]) -> OpenVino:
+def by_nncf(graph: Path, evidence: Evidence, kept: Collection[str]) -> OpenVino:
     (kind, images), *_ = evidence.calibration.items()
     batches = [np.ascontiguousarray(images[start : start + 8]) for start in range(0, len(images), 8)]
     dataset = nncf.Dataset(batches, lambda batch: dict(zip(("flux", "display"), doors(batch, kind), strict=True)))
     model = openvino.Core().read_model(graph)
-    scope = nncf.IgnoredScope(names=[*before_the_encoder(model), *kept])
-    return OpenVino(nncf.quantize(model, dataset, subset_size=len(batches), ignored_scope=scope))
+    scope = nncf.IgnoredScope(names=[*before_the_encoder(model), *kept_names(model, kept)])
+    return OpenVino(nncf.quantize(model, dataset, subset_size=len(batches), ignored_scope=scope), "int8")
 
 
 def before_the_encoder(model: Any) -> list[str]:
@@ -89,15 +76,14 @@ def before_the_encoder(model: Any) -> list[str]:
     return []
 
 
-def convolution_names(model: Any, families: dict[str, str]) -> list[str]:
-    """Return OpenVINO's names of the cheap layers: it calls a convolution after its bias' addition."""
-    names = []
-    for operation in model.get_ordered_ops():
-        if operation.get_type_name() in ("Convolution", "GroupConvolution"):
-            name = operation.get_friendly_name().removesuffix("/WithoutBiases")
-            if families.get(name) in CHEAP:
-                names.append(operation.get_friendly_name())
-    return names
+def kept_names(model: Any, nodes: Collection[str]) -> list[str]:
+    """Return OpenVINO's names of the nodes: it calls a convolution after its bias' addition."""
+    return [
+        operation.get_friendly_name()
+        for operation in model.get_ordered_ops()
+        if operation.get_type_name() in ("Convolution", "GroupConvolution", "MatMul")
+        and operation.get_friendly_name().removesuffix("/WithoutBiases") in nodes
+    ]
 
 
 def main() -> None:
@@ -110,48 +96,51 @@ def main() -> None:
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     backbone = load_backbone(options.backbone)
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        gather(
-            backbone, open_source(options.source), images=options.images, gallery=options.gallery, calibration=128
-        ) as evidence,
-    ):
-        graph, int8, ranges = (Path(scratch) / name for name in ("fp32.onnx", "int8.onnx", "ranges.json"))
-        write_graph(backbone, graph)
-        (kind, images), *_ = evidence.calibration.items()
-        families = node_families(graph, backbone)
-        calibrate(graph, images, kind, METHOD, ranges)
-        quantise(graph, int8, families, METHOD, ranges, CHEAP)
-        model = openvino.Core().read_model(graph)
+    records = read_engines(backbone)
+    files = {}
+    for name in ("onnx-fp32", "onnx-int8"):
+        record = records.get(name)
+        if not isinstance(record, EngineRecord):
+            parser.error(f"{backbone.name} has no engine {name} ({record}); make both: see the head of this file")
+        files[name] = record.checked(backbone)
+    kept = records["onnx-int8"].kept
+    nodes = {layer.node for layer in graph_layers(onnx.load(files["onnx-fp32"]), backbone) if layer.family in kept}
+    reader = open_source(options.source)
+    with gather(backbone, reader, images=options.images, gallery=options.gallery, calibration=128) as evidence:
+        read = openvino.Core().read_model
         engines: dict[str, Runtime] = {
-            "ONNX Runtime fp32": onnx_runtime(backbone, graph, "fp32"),
-            f"ONNX Runtime int8, {', '.join(CHEAP)} in float32": onnx_runtime(backbone, int8, "int8"),
-            "OpenVINO fp32": OpenVino(model),
-            "OpenVINO int8": by_nncf(graph, evidence, []),
-            f"OpenVINO int8, {', '.join(CHEAP)} in float32": by_nncf(
-                graph, evidence, convolution_names(model, families)
-            ),
+            "ONNX Runtime fp32": OnnxRuntime(backbone, records["onnx-fp32"], threads=1),
+            "ONNX Runtime int8": OnnxRuntime(backbone, records["onnx-int8"], threads=1),
+            "OpenVINO fp32, same file": OpenVino(read(files["onnx-fp32"]), "fp32"),
+            "OpenVINO int8, same file": OpenVino(read(files["onnx-int8"]), "int8"),
+            "OpenVINO int8 by NNCF": by_nncf(files["onnx-fp32"], evidence, ()),
         }
+        if kept:
+            engines[f"OpenVINO int8 by NNCF, {', '.join(kept)} in float32"] = by_nncf(
+                files["onnx-fp32"], evidence, nodes
+            )
         fidelity = {name: compare(engine, evidence.trial) for name, engine in engines.items()}
-        batch = np.ascontiguousarray(evidence.trial.gallery[kind][:BATCH])
+        (kind, gallery), *_ = evidence.trial.gallery.items()
+        batch = np.ascontiguousarray(gallery[:BATCH])
         rates: dict[str, list[float]] = {name: [] for name in engines}
         for _ in range(options.rounds + 1):
             for name, engine in engines.items():
                 begun = time.perf_counter()
                 engine.embed(batch, kind)
                 rates[name].append(BATCH / (time.perf_counter() - begun))
-        base = list(rates)[1]
-        print(f"{backbone.name}, one thread, {cpu_name()}; {options.rounds} rounds: median [least-most];")
-        print(", ".join(f"{name} {version(name)}" for name in ("openvino", "nncf", "onnxruntime-gpu")) + ".\n")
-        print("| engine | images/s | over ONNX Runtime int8 | cosine, 1st percentile | 10 nearest in common |")
-        print("| --- | --- | --- | --- | --- |")
-        for name, found in rates.items():
-            ratios = [one / other for one, other in zip(found[1:], rates[base][1:], strict=True)]
-            print(
-                f"| {name} | {statistics.median(found[1:]):.0f} [{min(found[1:]):.0f}-{max(found[1:]):.0f}] "
-                f"| {statistics.median(ratios):.2f} [{min(ratios):.2f}-{max(ratios):.2f}] "
-                f"| {fidelity[name].cosine_p1:.4f} | {fidelity[name].overlap:.3f} |"
-            )
+    base = "ONNX Runtime int8"
+    print(f"{backbone.name}, one thread, {cpu_name()}; {options.rounds} rounds: median [least-most];")
+    runtime = onnxruntime.__version__
+    print(f"openvino {version('openvino')}, nncf {version('nncf')}, ONNX Runtime {runtime}.\n")
+    print("| engine | images/s | over ONNX Runtime int8 | cosine, 1st percentile | 10 nearest in common |")
+    print("| --- | --- | --- | --- | --- |")
+    for name, found in rates.items():
+        ratios = [one / other for one, other in zip(found[1:], rates[base][1:], strict=True)]
+        print(
+            f"| {name} | {statistics.median(found[1:]):.0f} [{min(found[1:]):.0f}-{max(found[1:]):.0f}] "
+            f"| {statistics.median(ratios):.2f} [{min(ratios):.2f}-{max(ratios):.2f}] "
+            f"| {fidelity[name].cosine_p1:.4f} | {fidelity[name].overlap:.3f} |"
+        )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,22 @@
-"""Linear probes of the built-in backbone on real labelled galaxies, beside three baselines.
+"""Linear probes and neighbours of the built-in backbone on real labelled galaxies, beside three baselines.
 
-    python benchmarks/real_labels.py --data ../shared/data --out docs/real-labels.md [--backbone builtin]
+    python benchmarks/real_labels.py --data ../shared/data --out docs/real-labels.md [--work DIR] [--backbone builtin]
 
-Every set is a Parquet file of JPEGs (`jpeg`, `label`). All methods get the same crop, folds and classifier: logistic
-regression on standardised features, classes weighted, strength chosen inside each training part; the figure is balanced
-accuracy over five stratified folds, mean and standard deviation. Baselines: the same architecture with random weights
-(three seeds), the first 64 principal components of the 32 px pixels, and hand-made features (concentration, asymmetry,
-Gini, ellipticity, size, colours; photutils).
+Every set is a Parquet file of JPEGs (`jpeg`, `label`). Baselines: the same architecture with random weights (three
+seeds), the first 64 principal components of the 32 px pixels, and hand-made features (concentration, asymmetry, Gini,
+ellipticity, size, colours; photutils). All methods get the same crop.
+
+Probes: the same folds and classifier for all, logistic regression on standardised features, classes weighted, strength
+chosen inside each training part; the figure is balanced accuracy over five stratified folds, mean and standard
+deviation.
+
+Neighbours: how many of the 10 nearest by cosine are of a galaxy's own class, of vectors as a store keeps them and of
+the baselines' standardised features. Left out are the galaxy itself, the same picture and the same id or name.
+
+What the vectors tell of the observation is measured by `real_nuisances.py`, and stands on the same page.
+
+With --work, what was measured is kept there, set by set, so that a stopped run goes on; give a new folder after a
+change of this script.
 """
 
 from __future__ import annotations
@@ -19,6 +29,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +37,8 @@ import pyarrow.parquet as pq
 from photutils.aperture import CircularAperture
 from photutils.morphology import data_properties, gini
 from PIL import Image
+from real_neighbours import METHODS, NEIGHBOURS, kept, own_class, purity, purity_tables, same_galaxies, table_of
+from real_nuisances import nuisance_page
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
@@ -41,12 +54,13 @@ from galembed.sources.images import read_picture
 
 @dataclass(frozen=True)
 class LabelledSet:
-    """One set: pictures, labels, and the centre fraction that holds the galaxy."""
+    """One set: pictures, labels and what they are called, and the centre fraction that holds the galaxy."""
 
     name: str
     file: str
     crop: float
     select: Callable[[pa.Table, Path], tuple[np.ndarray, np.ndarray]]
+    classes: dict[int, str]
 
 
 def by_label(*left_out: int, merge: dict[int, int] | None = None) -> Callable[[pa.Table, Path], tuple]:
@@ -93,14 +107,30 @@ def by_vote_winners(table: pa.Table, data: Path) -> tuple[np.ndarray, np.ndarray
     return found >= 0, found
 
 
+KAGGLE = {0: "round smooth", 1: "in-between smooth", 2: "cigar", 3: "edge-on disk", 4: "spiral"}
+WINNERS = {0: "smooth", 1: "edge-on disk", 2: "barred", 3: "other featured"}
+GZ1 = {0: "elliptical", 1: "spiral", 3: "edge-on or unclear", 4: "star or artefact", 5: "merger"}
+
 SETS = (
-    LabelledSet("gz2_kaggle_5class", "gz2_kaggle_5class/gz2_kaggle_5class_open.parquet", 0.5, by_label()),
+    LabelledSet("gz2_kaggle_5class", "gz2_kaggle_5class/gz2_kaggle_5class_open.parquet", 0.5, by_label(), KAGGLE),
     LabelledSet(
-        "gz2_kaggle_5class without cigars", "gz2_kaggle_5class/gz2_kaggle_5class_open.parquet", 0.5, by_label(2)
+        "gz2_kaggle_5class without cigars",
+        "gz2_kaggle_5class/gz2_kaggle_5class_open.parquet",
+        0.5,
+        by_label(2),
+        KAGGLE,
     ),
-    LabelledSet("gz2_votes_1000, vote winners", "gz2_votes_1000/gz2_votes_1000_open.parquet", 0.5, by_vote_winners),
-    LabelledSet("gz1_small, chiralities merged", "gz1_small/gz1_small_open.parquet", 1.0, by_label(merge={2: 1})),
-    LabelledSet("gz_decals_rings", "gz_decals_rings/gz_decals_rings_open.parquet", 0.5, by_label()),
+    LabelledSet(
+        "gz2_votes_1000, vote winners", "gz2_votes_1000/gz2_votes_1000_open.parquet", 0.5, by_vote_winners, WINNERS
+    ),
+    LabelledSet("gz1_small, chiralities merged", "gz1_small/gz1_small_open.parquet", 1.0, by_label(merge={2: 1}), GZ1),
+    LabelledSet(
+        "gz_decals_rings",
+        "gz_decals_rings/gz_decals_rings_open.parquet",
+        0.5,
+        by_label(),
+        {0: "no ring", 1: "ring"},
+    ),
 )
 
 
@@ -219,46 +249,132 @@ def score(features: np.ndarray, labels: np.ndarray, components: int = 0) -> tupl
     return float(np.mean(scores)), float(np.std(scores))
 
 
+def features(table: pa.Table, crop: float, runtime: Runtime, untrained: list[Runtime], size: int) -> dict[str, Any]:
+    """Return the features of all methods, and a number for each galaxy (see `same_galaxies`)."""
+    images = pictures(table, crop, size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        hand = hand_made(images)
+    return {
+        "galaxies": same_galaxies(images, table["name"].to_pylist()),
+        "backbone": embed(runtime, images),
+        **{f"untrained_{number}": embed(network, images) for number, network in enumerate(untrained)},
+        "pixels": pixels(images),
+        "hand": hand,
+    }
+
+
+def measure(item: LabelledSet, labels: np.ndarray, found: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the scores and purities of one set, by method."""
+    galaxies = np.unique(found["galaxies"], return_inverse=True)[1]
+    random = [name for name in found if name.startswith("untrained")]
+
+    def probed(name: str) -> tuple[float, float]:
+        components = 64 if name == "pixels" else 0
+        return tuple(kept(folder / f"{name}.json", lambda: score(found[name], labels, components)))
+
+    def neighbourly(values: np.ndarray) -> np.ndarray:
+        return own_class(values, labels, galaxies)
+
+    with warnings.catch_warnings(), threadpool_limits(1):
+        warnings.simplefilter("ignore")
+        scores = {name: probed(name) for name in ("backbone", *random, "pixels", "hand")}
+        components = make_pipeline(StandardScaler(), PCA(64, random_state=0)).fit_transform(found["pixels"])
+    shares = [
+        neighbourly(found["backbone"]),
+        np.mean([neighbourly(found[name]) for name in random], axis=0),
+        neighbourly(components),
+        neighbourly(StandardScaler().fit_transform(found["hand"])),
+    ]
+    classes, counts = np.unique(labels, return_counts=True)
+    return {
+        "name": item.name,
+        "classes": [item.classes[int(one)] for one in classes],
+        "counts": counts.tolist(),
+        "left_out": len(labels) - len(np.unique(galaxies)),
+        "probes": [
+            scores["backbone"],
+            tuple(np.mean([scores[name] for name in random], axis=0)),
+            scores["pixels"],
+            scores["hand"],
+        ],
+        "purity": [purity(each, labels) for each in shares],
+    }
+
+
+def probe_table(sets: list[dict[str, Any]]) -> str:
+    rows = [
+        [
+            one["name"],
+            str(sum(one["counts"])),
+            str(len(one["counts"])),
+            f"{1 / len(one['counts']):.2f}",
+            *(f"{mean:.3f} ± {spread:.3f}" for mean, spread in one["probes"]),
+        ]
+        for one in sets
+    ]
+    return table_of(["set", "n", "classes", "chance", *METHODS], rows)
+
+
+def page(backbone: Backbone, sets: list[dict[str, Any]], nuisances: str) -> str:
+    left_out = ", ".join(f"{one['name']} {one['left_out']}" for one in sets if one["left_out"]) or "none in any set"
+    return f"""# The built-in backbone on real galaxies
+
+Backbone `{backbone.name}` (`{backbone.embedding_id[:12]}`), {backbone.contract.size} px; made by
+`python benchmarks/real_labels.py --data ../shared/data --out docs/real-labels.md`.
+
+## Linear probes
+
+Balanced accuracy, five folds.
+
+{probe_table(sets)}
+
+## Neighbours
+
+Purity@{NEIGHBOURS}: the share of a galaxy's {NEIGHBOURS} nearest neighbours (cosine) that are of its own class, with
+95% intervals by bootstrap over galaxies. Vectors as a store keeps them; the baselines' features standardised. The
+galaxy itself, equal pictures and equal ids are left out (galaxies that are there again: {left_out}); of the rings
+positions are known too, and no two lie within 300 arcsec.
+
+Chance is what random neighbours give: for a class its share of the set. The mean over galaxies is ruled by common
+classes; the mean over classes counts each the same, and its chance is the mean share. Lift: this backbone over chance.
+
+{purity_tables(sets)}
+
+{nuisances}"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--backbone", default="builtin")
+    parser.add_argument("--work", type=Path, help="Folder for what was measured and for stores; else a temporary one")
     parser.add_argument("--out", type=Path, help="Markdown file; printed as well")
     options = parser.parse_args()
     backbone = load_backbone(options.backbone)
-    runtime = open_runtime(backbone, "torch")
-    size = backbone.contract.size
     scratch = tempfile.TemporaryDirectory()
-    untrained = [
-        open_runtime(untrained_backbone(backbone, seed, Path(scratch.name) / str(seed)), "torch") for seed in (0, 1, 2)
-    ]
-    rows = []
-    for item in SETS:
+    work = options.work or Path(scratch.name)
+    work.mkdir(parents=True, exist_ok=True)
+    seeds = (0, 1, 2)
+    for seed in seeds:
+        if not (work / f"untrained-{seed}").exists():
+            untrained_backbone(backbone, seed, work / f"untrained-{seed}")
+    networks = [load_backbone(work / f"untrained-{seed}") for seed in seeds]
+    runtimes = [open_runtime(one, "torch") for one in (backbone, *networks)]
+    sets = []
+    for number, item in enumerate(SETS):
         table = pq.read_table(options.data / "images" / item.file)
         keep, labels = item.select(table, options.data)
-        table, labels = table.filter(keep), labels[keep]
-        images = pictures(table, item.crop, size)
-        with warnings.catch_warnings(), threadpool_limits(1):
-            warnings.simplefilter("ignore")
-            random_nets = [score(embed(network, images), labels) for network in untrained]
-            results = [
-                score(embed(runtime, images), labels),
-                (float(np.mean([mean for mean, _ in random_nets])), float(np.mean([sd for _, sd in random_nets]))),
-                score(pixels(images), labels, components=64),
-                score(hand_made(images), labels),
-            ]
-        cells = " | ".join(f"{mean:.3f} ± {sd:.3f}" for mean, sd in results)
-        counts = np.unique(labels, return_counts=True)[1]
-        rows.append(f"| {item.name} | {len(labels)} | {len(counts)} | {1 / len(counts):.2f} | {cells} |")
-        print(rows[-1], file=sys.stderr, flush=True)
-    head = (
-        "| set | n | classes | chance | this backbone | untrained network | PCA of pixels | hand-made features |\n"
-        "| --- | --- | --- | --- | --- | --- | --- | --- |"
-    )
-    text = (
-        f"Balanced accuracy of linear probes, backbone `{backbone.name}` (`{backbone.embedding_id[:12]}`), "
-        f"{size} px; made by `python {' '.join(sys.argv)}`.\n\n{head}\n" + "\n".join(rows) + "\n"
-    )
+        file = work / f"{Path(item.file).stem}-{backbone.embedding_id[:12]}.npz"
+        if not file.exists():
+            np.savez(file, **features(table, item.crop, runtimes[0], runtimes[1:], backbone.contract.size))
+        folder = work / f"set-{number}-{backbone.embedding_id[:12]}"
+        folder.mkdir(exist_ok=True)
+        with np.load(file) as found:
+            sets.append(measure(item, labels[keep], {name: values[keep] for name, values in found.items()}, folder))
+        print(f"{item.name}: {sets[-1]['probes']}", file=sys.stderr, flush=True)
+    nuisances = nuisance_page(options.data, options.backbone, work / "untrained-0", work)
+    text = page(backbone, sets, nuisances)
     print(text)
     if options.out:
         options.out.write_text(text, encoding="utf-8")

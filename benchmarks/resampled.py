@@ -80,9 +80,9 @@ class Drawing:
 def drawing(work: Path, dim: int) -> Drawing:
     """Return what to draw from; the galaxies are simulated and embedded in `work` unless that was done."""
     survey, store = work / "survey", work / "galaxies.lance"
-    if not (survey / "cutouts.fits").exists():
-        command("simulate", survey, "--bricks", 0, "--cutouts", GALAXIES, "--seed", 1)
     if not (store / "job.json").exists():
+        if not (survey / "cutouts.fits").exists():
+            command("simulate", survey, "--bricks", 0, "--cutouts", GALAXIES, "--seed", 1)
         command("embed", survey / "cutouts", "--catalogue", survey / "cutouts.fits", "--store", store, "--quiet")
     keys, galaxies = open_store(store).vectors()
     order = np.argsort(keys["source_id"])

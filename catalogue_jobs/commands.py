@@ -5,7 +5,16 @@ from __future__ import annotations
 import click
 
 from galembed.engines import NUMERIC_CLASSES
-from galembed.options import COLUMNS, parse_bands, parse_batch, parse_pairs, parse_share, recognised, source_options
+from galembed.options import (
+    COLUMNS,
+    parse_bands,
+    parse_batch,
+    parse_pairs,
+    parse_share,
+    quiet_option,
+    recognised,
+    source_options,
+)
 from galembed.runtimes import RUNTIMES
 
 
@@ -41,7 +50,7 @@ from galembed.runtimes import RUNTIMES
     help="Stop when more than this share of the sources tried has failed (5% or 0.05), once 1,000 are tried.",
 )
 @click.option("--plan-only", is_flag=True, help="Say what there is to do and what it will cost, and stop.")
-@click.option("--quiet", is_flag=True, help="Show no progress.")
+@quiet_option
 def embed(
     source: str,
     store: str,

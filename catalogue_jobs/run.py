@@ -345,7 +345,7 @@ def _client(scheduler: str | None, workers: int | None, rows: int) -> Iterator[C
                 f"no Dask scheduler answers at {scheduler} within {CONNECT_SECONDS} s ({error}); "
                 "start one with `dask scheduler`, or leave --scheduler out to use this machine"
             ) from error
-        with client, _silenced("distributed.client"):  # a lost scheduler is told in our own words
+        with _silenced("distributed.client"), client:  # a lost scheduler is told in our own words, closing too
             yield client
         return
     with (

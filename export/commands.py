@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from galembed.errors import GalembedError
+from galembed.options import quiet_option
 
 
 @click.command()
@@ -22,7 +23,7 @@ from galembed.errors import GalembedError
 @click.option("--calibrate-catalogue", type=click.Path(), help="Sources of a survey given to --calibrate.")
 @click.option("--trt", is_flag=True, help="Build TensorRT plans instead of ONNX engines.")
 @click.option("--sm", metavar="86,89,...", help="GPUs to build for, by compute capability.  [default: the one here]")
-@click.option("--quiet", is_flag=True, help="Show no progress.")
+@quiet_option
 def export(
     backbone: str,
     precisions: tuple[str, ...],

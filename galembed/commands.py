@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from galembed.options import COLUMNS, parse_bands, parse_pairs, recognised, sky_options, source_options
+from galembed.options import COLUMNS, parse_bands, parse_pairs, recognised, sky_options, source_options, where_option
 
 _FILE = click.Path(path_type=Path)
 
@@ -99,7 +99,7 @@ def look(
     type=click.Choice(["auto", "exact", "hnsw", "rq"]),
     default="auto",
     show_default=True,
-    help="exact: no vector index; hnsw: finds most; rq: built fastest; auto: by the size of the store.",
+    help="exact: no vector index; rq: built fast; hnsw: a graph; auto: exact on small stores, else rq.",
 )
 @click.option(
     "--recall",
@@ -108,7 +108,8 @@ def look(
     show_default=True,
     help="Share of the true 10 nearest to find.",
 )
-def index(store: str, kind: str, recall: float) -> None:
+@click.option("--column", "columns", multiple=True, metavar="NAME", help="Index it too, for --where; repeatable.")
+def index(store: str, kind: str, recall: float, columns: tuple[str, ...]) -> None:
     """Build the indexes of STORE, for faster filters and, on large stores, faster search.
 
     What a search by the vector index finds is measured against exact search, and it is searched thoroughly
@@ -117,7 +118,7 @@ def index(store: str, kind: str, recall: float) -> None:
     from galembed.store import open_store
     from galembed.store.index import build_index
 
-    click.echo(str(build_index(open_store(store), kind, recall=recall)))
+    click.echo(str(build_index(open_store(store), kind, recall=recall, columns=columns)))
 
 
 @click.command()
@@ -183,7 +184,7 @@ def status(store: str, verify: bool) -> None:
 @click.option("--image", type=_FILE, help="A picture or FITS cutout of the kind that the store was made from.")
 @click.option("--unlike", multiple=True, metavar="ID", help="A source that the hits should not look like; repeatable.")
 @click.option("-k", "k", type=click.IntRange(min=1), default=10, show_default=True, help="How many to find.")
-@click.option("--where", help='SQL filter on the columns, such as "mag_r < 19 AND redshift < 0.1".')
+@where_option
 @sky_options
 @click.option(
     "--exclude-within", type=click.FloatRange(min=0), metavar="ARCSEC", help="Leave out what lies so near to the query."

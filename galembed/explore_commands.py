@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from galembed.options import sky_options
+from galembed.options import sky_options, where_option
 
 if TYPE_CHECKING:
     from astropy.table import Table
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 _SHOWN = 40  # rows of groups
 
 _FILE = click.Path(path_type=Path)
-_WHERE = click.option("--where", help='Only the sources that pass, such as "mag_r < 19 AND redshift < 0.1".')
 _SEED = click.option("--seed", type=int, default=0, show_default=True, help="Of what is drawn at random.")
 
 
@@ -30,7 +29,7 @@ _SEED = click.option("--seed", type=int, default=0, show_default=True, help="Of 
     help="knn: distance to the k-th nearest neighbour; forest: isolation forest, coarser and quicker.",
 )
 @click.option("--k", "k", type=click.IntRange(min=1), default=10, show_default=True, help="Of knn.")
-@_WHERE
+@where_option
 @sky_options
 @click.option("--unflagged", is_flag=True, help="Leave out sources with flags, which are often artefacts.")
 @click.option("--neighbours", type=click.IntRange(min=0), default=0, help="Add the ids of so many nearest neighbours.")
@@ -91,7 +90,7 @@ def novel(
 @click.option("--radius", type=float, default=1.0, show_default=True, help="Largest separation of a pair, arcsec.")
 @click.option("--similarity", type=float, default=0.98, show_default=True, help="Least cosine of a pair, -1 to 1.")
 @click.option("--similarity-only", is_flag=True, help="Whatever the position, and without one: near-identical vectors.")
-@_WHERE
+@where_option
 @sky_options
 @click.option("--prefer", multiple=True, metavar="SURVEY", help="Keep this survey's source; repeatable, in order.")
 @_SEED
@@ -161,7 +160,7 @@ def duplicates(
 @click.option("--colour", metavar="COLUMN", help="Colour by a column of the store; else by the number of sources.")
 @click.option("--thumbnails", is_flag=True, help="Draw the sources themselves, one in each cell of a grid.")
 @click.option("--sample", type=click.IntRange(min=4), default=50_000, show_default=True, help="Sources to fit it on.")
-@_WHERE
+@where_option
 @sky_options
 @_SEED
 @click.option("--table", type=_FILE, help="Write survey, source_id, x and y of every source: .parquet.")

@@ -63,6 +63,13 @@ def source_options(command: _Command) -> _Command:
     return reduce(lambda inner, option: option(inner), reversed(_OPTIONS), command)
 
 
+where_option = click.option(
+    "--where", help='Only sources that pass an SQL filter on the columns, such as "mag_r < 19 AND redshift < 0.1".'
+)
+
+quiet_option = click.option("--quiet", is_flag=True, help="Show no progress.")
+
+
 _SKY_OPTIONS: Final = (
     click.option(
         "--cone", type=(float, float, float), metavar="RA DEC RADIUS_ARCSEC", help="Only sources in this cone."

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from galembed.options import where_option
+
 if TYPE_CHECKING:
     from galembed.probes import Report
     from galembed.store import Store
@@ -27,7 +29,6 @@ _PLOT = click.option("--plot", type=_FILE, help="Draw the confusion matrix, or t
 _DETAILS = click.option(
     "--details", type=_FILE, help="Folder for scores and all pictures: calibration, learning curve, worst mistakes."
 )
-_WHERE = click.option("--where", help='Only these sources: an SQL filter on the columns, such as "mag_r < 19".')
 _PROBE = click.argument("probe_path", metavar="PROBE", type=_FILE)
 
 
@@ -122,7 +123,7 @@ def evaluate(
     show_default=True,
     help="How common classes are: equally, or as among the labels.",
 )
-@_WHERE
+@where_option
 def apply(store: str, probe_path: Path, out: Path | None, prior: Any, where: str | None) -> None:
     """Classify every source of STORE with PROBE, or predict its numbers or votes."""
     from galembed.probes import apply_probe, load_probe
@@ -146,7 +147,7 @@ def apply(store: str, probe_path: Path, out: Path | None, prior: Any, where: str
 )
 @click.option("--out", type=_FILE, required=True, help="Write the table: .csv, .fits, .ecsv, .vot or .parquet.")
 @click.option("--plot", type=_FILE, help="Draw the sources: .png or .pdf.")
-@_WHERE
+@where_option
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the choice among uncertain sources.")
 def suggest(
     store: str, probe_path: Path, count: int, by: Any, out: Path, plot: Path | None, where: str | None, seed: int
@@ -172,14 +173,15 @@ def suggest(
 @probe.command("nuisance")
 @click.argument("store")
 @click.option("--columns", multiple=True, metavar="COLUMN", help="Column to look at, or `tile`; repeatable.")
+@where_option
 @click.option("--seed", type=int, default=0, show_default=True, help="Of sample, folds and shuffles.")
 @_REPORT
-def nuisance(store: str, columns: tuple[str, ...], seed: int, report: Path | None) -> None:
+def nuisance(store: str, columns: tuple[str, ...], where: str | None, seed: int, report: Path | None) -> None:
     """Measure what the vectors of STORE tell of survey, tile, seeing, depth, extinction and signal to noise."""
     from galembed.probes import nuisance_report
     from galembed.store import open_store
 
-    _tell_text(str(nuisance_report(open_store(store), columns, seed=seed)), report)
+    _tell_text(str(nuisance_report(open_store(store), columns, where=where, seed=seed)), report)
 
 
 def _tell(scores: Report, store: Store, report: Path | None, plot: Path | None, details: Path | None) -> None:

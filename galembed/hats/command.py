@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from galembed.options import quiet_option, where_option
+
 
 @click.command("export-hats")
 @click.argument("store")
@@ -15,7 +17,7 @@ import click
     metavar="NAME,NAME,...",
     help="Columns besides keys, position and vector, by commas.  [default: all but thumbnail]",
 )
-@click.option("--where", help='SQL filter on the columns, such as "mag_r < 19 AND redshift < 0.1".')
+@where_option
 @click.option(
     "--rows-per-pixel",
     type=click.IntRange(min=1),
@@ -25,7 +27,7 @@ import click
 )
 @click.option("--no-vectors", is_flag=True, help="Leave the vectors out.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT where it is a HATS catalogue.")
-@click.option("--quiet", is_flag=True, help="Show no progress bar.")
+@quiet_option
 def export_hats(
     store: str,
     out: Path,

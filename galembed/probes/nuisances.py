@@ -132,7 +132,9 @@ class NuisanceReport:
         )
 
 
-def nuisance_report(store: Store, columns: Sequence[str] = (), *, seed: int = 0) -> NuisanceReport:
+def nuisance_report(
+    store: Store, columns: Sequence[str] = (), *, where: str | None = None, seed: int = 0
+) -> NuisanceReport:
     """Measure what a store's vectors tell of survey, tile, seeing, depth, extinction and signal to noise.
 
     Each is predicted from the vectors by ridge or logistic regression, in cross-validation by sky cells as in
@@ -143,18 +145,22 @@ def nuisance_report(store: Store, columns: Sequence[str] = (), *, seed: int = 0)
     ----------
     columns : sequence of str, optional
         Columns of the store; unless given, `survey`, the tile, and all that `NUISANCE` matches.
+    where : str, optional
+        Only these sources, as in `Store.similar`: among galaxies of one class nothing is told by way of the class.
     seed : int
         Of the sample, folds and shuffles.
 
     Raises
     ------
     BadRequest
-        If a column is not in the store, or none can be looked at.
+        If a column is not in the store, none can be looked at, or no source passes `where`.
     """
     names = list(columns) or ["survey", TILE, *(name for name in store.schema.names if NUISANCE.fullmatch(name))]
-    rows = _sample(store, [name for name in names if name != TILE], seed)
+    rows = _sample(store, [name for name in names if name != TILE], where, seed)
     if not rows.num_rows:
-        raise BadRequest(f"the store {store.path} is empty")
+        raise BadRequest(
+            f"no source of {store.path} passes {where}" if where is not None else f"the store {store.path} is empty"
+        )
     vectors = matrix(rows.column("vector"))
     cells = sky_cells(*(rows.column(name).to_numpy() for name in ("ra", "dec")))
     # Sources without a tile count as one each.
@@ -178,12 +184,13 @@ def nuisance_report(store: Store, columns: Sequence[str] = (), *, seed: int = 0)
     return NuisanceReport(store.path, len(vectors), tuple(found), variance, chance, skipped)
 
 
-def _sample(store: Store, names: Sequence[str], seed: int) -> pa.Table:
+def _sample(store: Store, names: Sequence[str], where: str | None, seed: int) -> pa.Table:
     rng = np.random.default_rng(seed)
-    share = min(1.0, MAX_SOURCES / max(len(store), 1))
+    count = len(store) if where is None else sum(one.num_rows for one in store.batches(["source_id"], where))
+    share = min(1.0, MAX_SOURCES / max(count, 1))
     columns = list(dict.fromkeys(["survey", "source_id", "ra", "dec", "source_uri", "vector", *names]))
     batches = []
-    for batch in store.batches(columns, batch_size=32_768):
+    for batch in store.batches(columns, where, batch_size=32_768):
         batches.append(batch.filter(pa.array(rng.random(batch.num_rows) < share)))
     schema = pa.schema([store.schema.field(name) for name in columns])
     return pa.Table.from_batches(batches, schema=schema).sort_by([("survey", "ascending"), ("source_id", "ascending")])
@@ -278,9 +285,11 @@ def _nearness(
     both = np.isfinite(mine) & np.isfinite(theirs)
     if not both.any():
         return float("nan")
-    mine, theirs, others = mine[both], theirs[both], values[rng.choice(known, int(both.sum()))]
+    mine, theirs = mine[both], theirs[both]
     if kind == CLASSIFICATION:
-        return float((mine == theirs).mean() / max((mine == others).mean(), 1e-12))
+        shares = np.bincount(values[known].astype(np.intp)) / len(known)
+        return float((mine == theirs).mean() / shares[mine.astype(np.intp)].mean())
+    others = values[rng.choice(known, len(mine))]
     return float(np.abs(mine - theirs).mean() / np.abs(mine - others).mean())
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from galembed.options import quiet_option, where_option
+
 
 @click.command("import")
 @click.argument("store")
@@ -23,7 +25,7 @@ import click
 @click.option("--columns", metavar="NAME,NAME,...", help="Other columns to keep.  [default: all numbers and texts]")
 @click.option("--name", default="", help="Of the model that made the vectors.  [default: the column's]")
 @click.option("--source", default="", help="Where the files are from: an address, a DOI.")
-@click.option("--quiet", is_flag=True, help="Show no progress bar.")
+@quiet_option
 def import_command(
     store: str,
     files: tuple[Path, ...],
@@ -66,12 +68,12 @@ def import_command(
 @click.argument("store")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--columns", metavar="NAME,NAME,...", help="Catalogue columns, predictions, thumbnail.  [default: all]")
-@click.option("--where", help='SQL filter on the columns, such as "mag_r < 19 AND redshift < 0.1".')
+@where_option
 @click.option(
     "--rows-per-file", type=click.IntRange(min=1), default=1_000_000, show_default=True, help="Most rows of a file."
 )
 @click.option("--overwrite", is_flag=True, help="Replace OUT where it holds such files only.")
-@click.option("--quiet", is_flag=True, help="Show no progress bar.")
+@quiet_option
 def export_parquet(
     store: str,
     out: Path,

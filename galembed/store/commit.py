@@ -285,9 +285,9 @@ def tidy(store: str | Path, lease: Lease) -> int:
 
     Of a source with several rows the first is kept; failures of sources that are embedded are dropped; small
     fragments are merged once there are many; orphan files are removed. Nothing that waits for its commit may be
-    left when this is called: orphans are data files that no version of the table knows, those of workers that
-    died, and of tasks that Dask ran twice. Whoever holds the lease may remove them, since nobody else can ever
-    commit them.
+    left when this is called: orphans are data files that no version of either table knows, those of workers and
+    committers that died, and of tasks that Dask ran twice. Whoever holds the lease may remove them, since nobody else
+    can ever commit them.
 
     Returns
     -------
@@ -314,15 +314,19 @@ def sweep(store: str | Path, lease: Lease) -> int:
         Orphan files removed.
     """
     with lease.fence():
-        dataset = open_table(store, EMBEDDINGS_TABLE)
-        plan = dataset.explain_cleanup_old_versions(delete_unverified=True, include_files=True, max_files=1_000_000)
-        # Index files of a `galembed index` under way are unverified too: only data files are touched.
-        orphans = [Path(item.path).name for item in plan.candidate_files if item.kind == "data" and item.unverified]
-        system, root = file_system(store)
-        folder = f"{root}/{EMBEDDINGS_TABLE}.lance/data"
-        there = [path for path in (f"{folder}/{name}" for name in orphans) if system.exists(path)]
-        if there:
-            system.rm(there)
+        return sum(_sweep(store, table) for table in (EMBEDDINGS_TABLE, FAILURES_TABLE))
+
+
+def _sweep(store: str | Path, table: str) -> int:
+    plan = open_table(store, table).explain_cleanup_old_versions(
+        delete_unverified=True, include_files=True, max_files=1_000_000
+    )
+    # Index files of a `galembed index` under way are unverified too: only data files are touched.
+    orphans = [Path(item.path).name for item in plan.candidate_files if item.kind == "data" and item.unverified]
+    system, root = file_system(store)
+    there = [path for path in (f"{root}/{table}.lance/data/{name}" for name in orphans) if system.exists(path)]
+    if there:
+        system.rm(there)
     return len(orphans)
 
 

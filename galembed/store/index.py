@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
@@ -20,9 +20,6 @@ from galembed.store.places import EMBEDDINGS_TABLE, SEARCH_FILE, join, write_jso
 EXACT_BELOW: Final = 64_000_000
 """Numbers (rows x length of the vectors) below which a store is searched exactly: 100,000 rows of 640, a scan of
 which takes a fraction of a second and misses nothing."""
-
-HNSW_BELOW: Final = 3_200_000_000
-"""Numbers below which a graph is built: 5 million rows of 640. Above, building it takes hours."""
 
 FOLD_BELOW: Final = 0.2
 """Share of the rows up to which new ones are folded into the index that is there; with more it is built anew."""
@@ -67,7 +64,7 @@ class IndexReport:
             name = {"hnsw": "IVF_HNSW_SQ", "rq": "IVF_RQ"}[self.kind]
             done = "built" if self.folded is None else f"kept, {self.folded:,} new rows folded in"
             how = f"vector index {name} {done}"
-        filters = f"filters use {' and '.join(self.scalar)}" if self.scalar else "no filter index on an empty store"
+        filters = f"filters use {', '.join(self.scalar)}" if self.scalar else "no filter index on an empty store"
         text = f"{self.rows:,} rows: {how}; {filters}; {self.seconds:.1f} s"
         if self.search is not None:
             text += f"\n{self.search}"
@@ -75,7 +72,7 @@ class IndexReport:
         return text
 
 
-def build_index(store: Store, kind: str = "auto", *, recall: float = 0.95) -> IndexReport:
+def build_index(store: Store, kind: str = "auto", *, recall: float = 0.95, columns: Sequence[str] = ()) -> IndexReport:
     """Build the indexes of a store, and find how to search its vectors.
 
     An index of that kind that lacks at most a fifth of the rows is kept, and they are folded in. Then stored
@@ -87,23 +84,26 @@ def build_index(store: Store, kind: str = "auto", *, recall: float = 0.95) -> In
     ----------
     store : Store
     kind : str
-        ``exact``: none on the vectors, and an existing one is dropped. ``hnsw``: IVF_HNSW_SQ, the best
-        recall. ``rq``: IVF_RQ, built some ten times faster. ``auto``: exact below 64 million numbers (100,000
-        rows of 640), hnsw up to 3.2 billion, then rq.
+        ``exact``: none on the vectors, and an existing one is dropped. ``rq``: IVF_RQ. ``hnsw``: IVF_HNSW_SQ, a
+        graph, which takes ten times as long to build and twice the memory. ``auto``: exact below 64 million numbers
+        (100,000 rows of 640), then rq.
     recall : float
         In (0, 1].
+    columns : sequence of str
+        Columns that `where` often names, of numbers or text: they get a BTREE index as positions and ids always do,
+        and keep it.
 
     Raises
     ------
     BadRequest
-        If the kind is unknown, `recall` is out of range, or LanceDB cannot build it on these rows.
+        If the kind is unknown, `recall` is out of range, the store lacks a column, or LanceDB cannot build an index on
+        these rows.
     """
-    from lancedb.index import BTree
-
     if kind not in INDEX_KINDS:
         raise BadRequest(f"index kind {kind!r} is unknown; choose one of {', '.join(INDEX_KINDS)}")
     if not 0 < recall <= 1:
         raise BadRequest(f"recall is the share of the nearest to find, above 0 and up to 1; got {recall!r}")
+    columns = store.known(columns)
     started = time.monotonic()
     _renew(store)
     rows = len(store)
@@ -113,11 +113,11 @@ def build_index(store: Store, kind: str = "auto", *, recall: float = 0.95) -> In
         raise BadRequest(f"the store {store.path} holds no rows to build an index {kind} on; use the kind exact")
     lacking = _lacking(store, kind)
     folded = lacking if lacking is not None and lacking <= FOLD_BELOW * rows else None
-    scalar = ("_healpix_29", "source_id") if rows else ()
-    indexed = {name for index in store.table.list_indices() for name in index.columns}
+    indexed = [name for index in store.table.list_indices() for name in index.columns if name != "vector"]
+    scalar = tuple(dict.fromkeys(("_healpix_29", "source_id", *indexed, *columns))) if rows else ()
     for column in scalar:
         if folded is None or column not in indexed:
-            store.table.create_index(column, config=BTree(), replace=True)
+            _build_scalar_index(store, column)
     if folded is not None:
         _fold(store)
     elif kind == "exact":
@@ -142,9 +142,7 @@ def _renew(store: Store) -> None:
 
 
 def _kind_for(numbers: int) -> str:
-    if numbers < EXACT_BELOW:
-        return "exact"
-    return "hnsw" if numbers <= HNSW_BELOW else "rq"
+    return "exact" if numbers < EXACT_BELOW else "rq"
 
 
 def _lacking(store: Store, kind: str) -> int | None:
@@ -158,6 +156,16 @@ def _lacking(store: Store, kind: str) -> int | None:
 def _fold(store: Store) -> None:
     # LanceDB's own `optimize` would also merge files and remove old versions, which readers may have open.
     open_table(store.path, EMBEDDINGS_TABLE).optimize.optimize_indices()
+
+
+def _build_scalar_index(store: Store, column: str) -> None:
+    from lancedb.index import BTree
+
+    try:
+        store.table.create_index(column, config=BTree(), replace=True)
+    except (ValueError, RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadRequest(f"column {column} cannot be indexed: {reason}; name columns of numbers or text") from error
 
 
 def _build_vector_index(store: Store, kind: str, rows: int) -> None:
@@ -187,8 +195,10 @@ def _ways(kind: str, rows: int) -> Iterator[IndexSearch]:
         for ef, refine in ((32, 1), (64, 2), (128, 3), (256, 5), (512, 10), (1024, 20), (2048, 50)):
             yield IndexSearch(name, nprobes=partitions, ef=ef, refine=refine)
         return
-    for part, refine in ((16, 10), (8, 10), (4, 10), (2, 10), (1, 10), (1, 30), (1, 100)):
-        yield IndexSearch(name, nprobes=math.ceil(partitions / part), ef=128, refine=refine)
+    probed = [2**power for power in range(partitions.bit_length()) if 2**power < partitions]
+    tried = [(nprobes, refine) for nprobes in (*probed, partitions) for refine in (3, 10)]
+    for nprobes, refine in (*tried, (partitions, 30), (partitions, 100)):
+        yield IndexSearch(name, nprobes=nprobes, ef=128, refine=refine)
 
 
 @dataclass(frozen=True)

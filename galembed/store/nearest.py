@@ -65,8 +65,8 @@ class IndexSearch:
         return math.ceil(self.nprobes * max(1.0, count / (11 * max(share, 1e-6))))
 
     def candidates(self, count: int) -> int:
-        """Return how many rows to compare exactly for so many hits."""
-        return self.refine * count
+        """Return how many rows to compare exactly for so many hits; no fewer than for the eleven that were measured."""
+        return self.refine * max(count, 11)
 
     @property
     def met(self) -> bool:

@@ -101,9 +101,31 @@ def test_kind_follows_from_the_size(tmp_path, monkeypatch):
     store = make_store(tmp_path / "s", rows(600))
     assert build_index(store).kind == "exact"
     monkeypatch.setattr(index_module, "EXACT_BELOW", 600 * DIM)
-    assert build_index(store).kind == "hnsw"
-    monkeypatch.setattr(index_module, "HNSW_BELOW", 600 * DIM - 1)
     assert build_index(store).kind == "rq"
+
+
+def test_named_columns_are_indexed_and_stay_so(tmp_path):
+    store = make_store(tmp_path / "s", rows(600))
+    assert build_index(store, columns=["mag_r", "kind"]).scalar == ("_healpix_29", "source_id", "mag_r", "kind")
+    where = "mag_r < 16 AND kind = 'spiral'"
+    count = store.table.count_rows(where)
+    assert count == len(store.vectors(where)[1]) > 0
+    assert "ScalarIndexQuery" in store.dataset.scanner(["mag_r"], filter="mag_r < 16").explain_plan()
+    assert set(build_index(store, "rq").scalar) == {"_healpix_29", "source_id", "mag_r", "kind"}
+
+
+def test_column_without_order_is_not_indexed(tmp_path):
+    store = make_store(tmp_path / "s", rows(600))
+    with pytest.raises(BadRequest, match="no column 'mag_g'"):
+        build_index(store, columns=["mag_g"])
+    with pytest.raises(BadRequest, match=r"column vector cannot be indexed: .*; name columns of numbers or text"):
+        build_index(store, columns=["vector"])
+
+
+def test_fewer_hits_are_looked_for_as_thoroughly_as_was_measured():
+    way = IndexSearch("IvfRq", nprobes=4, ef=128, refine=3)
+    assert way.candidates(1) == way.candidates(11) == 33
+    assert way.candidates(100) == 300
 
 
 def test_sources_without_position_are_measured_without_a_filter(tmp_path):

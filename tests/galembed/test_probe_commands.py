@@ -101,6 +101,9 @@ def test_nuisance_writes_its_report(store: Store, tmp_path: Path) -> None:
     result = run("nuisance", store.path, "--columns", "mag_r", "--report", tmp_path / "new" / "report.md")
     assert "| mag_r | R² |" in result.output
     assert (tmp_path / "new" / "report.md").read_text() == result.output
+    some = run("nuisance", store.path, "--columns", "mag_r", "--where", "kind = 'spiral'")
+    count = store.table.count_rows("kind = 'spiral'")
+    assert f"\n{count} sources. " in some.output
 
 
 @pytest.mark.slow

@@ -74,6 +74,14 @@ def test_what_is_not_in_the_vectors_is_chance(reports: dict[str, NuisanceReport]
         assert one.nearness == pytest.approx(1, abs=0.1)
 
 
+def test_how_often_neighbours_share_a_class_is_beside_its_shares_and_no_draw(tmp_path: Path) -> None:
+    """A rare class: a draw of random sources would scatter. As all sources are asked about, seeds change nothing."""
+    store = make(tmp_path / "s", 0.0, field=np.where(np.arange(COUNT) % 50 == 0, "a", "b"))
+    first, second = (nuisance_report(store, ["field"], seed=seed).nuisances[0].nearness for seed in (0, 1))
+    assert first == second
+    assert first == pytest.approx(1, abs=0.02)
+
+
 def test_the_report_is_markdown(reports: dict[str, NuisanceReport]) -> None:
     text = str(reports["2.0"])
     assert text.startswith("# What the vectors of ")
@@ -122,6 +130,31 @@ def test_columns_are_chosen_and_those_that_tell_nothing_left_out(tmp_path: Path)
         nuisance_report(store, ["psfsize_g"])
     with pytest.raises(BadRequest, match="tells of the observation: airmass: no values; embed with --carry"):
         nuisance_report(store, ["airmass"])
+
+
+def test_a_filter_takes_away_what_is_told_by_way_of_the_class(tmp_path: Path) -> None:
+    """Airmass that differs between two kinds, which vectors tell apart, and not within one."""
+    rng = np.random.default_rng(5)
+    spiral = np.arange(COUNT) % 2 == 0
+    store = make(tmp_path / "s", 0.0, shape=np.where(spiral, "spiral", "smooth"), airmass=spiral + rng.random(COUNT))
+    table = store.table.to_arrow()
+    marked = np.stack(table.column("vector").to_pylist()).astype(np.float32)
+    marked[:, 1] += np.where(np.array(table.column("shape").to_pylist()) == "spiral", 1, -1)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(marked.ravel()), marked.shape[1])
+    at = table.column_names.index("vector")
+    lancedb.connect(tmp_path / "t").create_table(
+        "embeddings", table.set_column(at, table.schema.field("vector"), column)
+    )
+    marked_store = open_store(tmp_path / "t")
+    everything = nuisance_report(marked_store, ["airmass"])
+    spirals = nuisance_report(marked_store, ["airmass"], where="shape = 'spiral'")
+    assert (everything.count, spirals.count) == (COUNT, COUNT // 2)
+    assert everything.nuisances[0].score > 0.5
+    assert spirals.nuisances[0].score < 0.05
+    with pytest.raises(BadRequest, match=r"no source of .* passes shape = 'ring'"):
+        nuisance_report(marked_store, ["airmass"], where="shape = 'ring'")
+    with pytest.raises(BadRequest, match="the store has no column 'shap'; did you mean shape"):
+        nuisance_report(marked_store, ["airmass"], where="shap = 'ring'")
 
 
 def test_a_survey_that_is_seen_in_vectors(tmp_path: Path) -> None:

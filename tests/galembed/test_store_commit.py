@@ -267,11 +267,13 @@ def test_a_failure_is_hidden_once_embedded_and_dropped_by_tidy(store: Place, lea
 
 
 def test_tidy_removes_orphans_and_nothing_else(store: Place, lease: Lease) -> None:
-    commit(store, [finished(store, "p", ["a"])], lease)
+    commit(store, [finished(store, "p", ["a"], ["b"])], lease)
     finished(store, "never", ["z"])
-    assert tidy(store, lease) == 1
+    failures = open_table(store, "failures")
+    lance.fragment.write_fragments(failures.to_table(), failures)
+    assert tidy(store, lease) == 2
     assert tidy(store, lease) == 0
-    assert ids(keys(store).embedded) == ["a"]
+    assert (ids(keys(store).embedded), ids(keys(store).failed)) == (["a"], ["b"])
 
 
 def test_tidy_keeps_the_first_row_of_each_source(store: Place, lease: Lease) -> None:

@@ -10,16 +10,12 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -35,6 +31,7 @@ from galembed.errors import BadRequest, GalembedError, NoData, UnreadableInput
 from galembed.mappings import FluxMapping
 from galembed.schemas import SOURCES
 from galembed.sources import SourceReader
+from training.processes import process_pool
 
 HALF_MAX: Final = 65504.0
 """Largest float16. Fluxes are clipped to it, in nJy per (0.262 arcsec)^2: far above where any mapping is white."""
@@ -350,39 +347,17 @@ def _run(
         for chunk in chunks:
             yield chunk, _read_chunk(task, rows.take(pa.array(chunk)), chunk)
         return
-    context = multiprocessing.get_context("spawn")  # not forked: the caller may hold threads of torch or Arrow
     waiting = deque(chunks)
     running: dict[Future[dict[int, str]], NDArray[np.int64]] = {}
-    with ProcessPoolExecutor(min(workers, len(chunks)), mp_context=context, initializer=_start_process) as pool:
-        try:
-            while True:
-                while waiting and len(running) < 2 * workers:
-                    chunk = waiting.popleft()
-                    running[pool.submit(_read_chunk, task, rows.take(pa.array(chunk)), chunk)] = chunk
-                if not running:
-                    return
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    yield running.pop(future), future.result()
-        except BrokenProcessPool as error:
-            raise BadRequest(
-                "a reading process was killed, perhaps for want of memory; run again with fewer --workers: what was "
-                "read is kept"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _start_process() -> None:
-    """Leave Ctrl-C to the parent, and end when it does, however it does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    with process_pool(min(workers, len(chunks)), again="what was read is kept") as pool:
+        while True:
+            while waiting and len(running) < 2 * workers:
+                chunk = waiting.popleft()
+                running[pool.submit(_read_chunk, task, rows.take(pa.array(chunk)), chunk)] = chunk
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
 
 
 def _read_chunk(task: Task, rows: pa.Table, numbers: NDArray[np.int64]) -> dict[int, str]:

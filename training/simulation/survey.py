@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, as_completed
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 from astropy.table import Table
 
 from galembed.errors import BadRequest
+from training.processes import process_pool
 from training.simulation.bricks import simulate_brick
 from training.simulation.catalogue import SimulatedObject, source_table, truth_table, vote_table
 from training.simulation.cutouts import simulate_cutouts
@@ -223,18 +223,12 @@ def _run(
         for index, (_, _, function, args, kwargs) in enumerate(tasks):
             finished(index, function(*args, **kwargs))
     else:
-        # Spawned, not forked: the caller may hold threads of torch or Arrow.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        with process_pool(workers, again="whole bricks and cutouts are kept") as pool:
             futures: dict[Future[list[SimulatedObject]], int] = {
                 pool.submit(function, *args, **kwargs): i for i, (_, _, function, args, kwargs) in enumerate(tasks)
             }
-            try:
-                for future in as_completed(futures):
-                    finished(futures[future], future.result())
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+            for future in as_completed(futures):
+                finished(futures[future], future.result())
     rows: dict[str, list[SimulatedObject]] = {stage: [] for stage in totals}
     for (stage, *_), found in zip(tasks, results, strict=True):
         rows[stage].extend(found)
