@@ -80,13 +80,14 @@ class Forecast:
 
     def __str__(self) -> str:
         todo = self.todo
-        read = "of unknown size" if self.bytes_to_read is None else f"{decimal(self.bytes_to_read)} to read"
+        most = "up to " if self.reads_per_tile > 1 else ""
+        read = "of unknown size" if self.bytes_to_read is None else f"{most}{decimal(self.bytes_to_read)} to read"
         lines = {
             "store": self.store,
             "sources": f"{len(todo.table):,} of {todo.listed:,} to embed; "
             f"{todo.embedded:,} embedded and {todo.failed:,} failed before",
             "work": f"{self.partitions:,} partitions",
-            "files": f"{self.tiles:,}, each opened {self.reads_per_tile:.2f} times; {read}",
+            "files": f"{self.tiles:,}, each opened {most}{self.reads_per_tile:.2f} times; {read}",
             "disk": f"{decimal(self.disk_needed)} needed"
             + ("" if self.disk_free is None else f", {decimal(self.disk_free)} free"),
             "time": self._time(),

@@ -119,7 +119,10 @@ class JobReport:
     def _failures(self) -> list[str]:
         if not self.failed:
             return []
-        lines = [f"failed: {self.failures:,}, listed in the store; try them again with --retry-failed"]
+        lines = [
+            f"failed: {self.failures:,}, listed by `galembed status {self.store} --failures failed.csv`; "
+            "try them again with --retry-failed"
+        ]
         for reason, count in self.failed.items():
             lines.append(f"  {count:,} {reason}, as in: {self.examples.get(reason, '')}")
         return lines

@@ -163,11 +163,24 @@ def rollback(store: str, version: int | None) -> None:
 @click.command()
 @click.argument("store")
 @click.option("--verify", is_flag=True, help="Read all of it: each source once, every file there, all vectors sound.")
-def status(store: str, verify: bool) -> None:
+@click.option(
+    "--failures",
+    type=_FILE,
+    help="Write what could not be embedded, with file and reason: .csv, .ecsv, .fits, .vot or .parquet.",
+)
+def status(store: str, verify: bool, failures: Path | None) -> None:
     """Say what STORE holds: sources, failures by reason, backbone, engines, index; and how its job stands."""
     from galembed.store import open_store
 
-    click.echo(str(open_store(store).status()))
+    opened = open_store(store)
+    click.echo(str(opened.status()))
+    if failures:
+        from galembed.tables import write_table
+
+        table = opened.failures()
+        table["time"] = table["time"].astype(str)  # FITS and VOTable have no type for it
+        write_table(table, failures)
+        click.echo(f"{len(table):,} failure(s) written to {failures}")
     if verify:
         from galembed.store import checks
 

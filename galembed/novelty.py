@@ -48,11 +48,14 @@ class Novel(Pictured):
     """
 
     def _drawn(self, columns: Sequence[str]) -> Figure:
-        """Draw the sources with their scores and flags."""
-        from galembed.pictures import mosaic, pictures_of, titles
+        """Draw the sources with their ids, scores and flags."""
+        from galembed.pictures import mosaic, pictures_of, shortened, titles
 
         keys = [(str(survey), str(source_id)) for survey, source_id in self.iterrows("survey", "source_id")]
-        heads = ["\n".join(filter(None, (f"{row['score']:.3f}", str(row["flags"])))) for row in self]
+        heads = [
+            "\n".join(filter(None, (shortened(name), f"{row['score']:.3f}", str(row["flags"]))))
+            for (_, name), row in zip(keys, self, strict=True)
+        ]
         return mosaic(pictures_of(open_store(self.meta["store"]), keys), titles(self, heads, columns))
 
     def summary(self) -> str:

@@ -81,7 +81,8 @@ def hits_figure(hits: Hits, *, columns: Sequence[str] = (), mapping: str | None 
         If the store has gone.
     """
     asked, titles = pictures_of_query(hits, mapping), _titles(hits, columns)
-    figure = mosaic([*asked, *pictures_of_hits(hits, mapping)], ["query"] * len(asked) + titles)
+    names = [f"query\n{shortened(key.partition(':')[2])}" for key in hits.meta.get("query", [])]
+    figure = mosaic([*asked, *pictures_of_hits(hits, mapping)], names + titles)
     for axis in figure.axes[: len(asked)]:
         _frame(axis)
     return figure

@@ -437,7 +437,8 @@ def per_reference_pixel(factor: float, wcs: WCS | None, where: str) -> float:
     """
     if wcs is None:
         raise UnknownUnit(
-            f"{where}: a flux per pixel needs a sky WCS to become a surface brightness, and there is none"
+            f"{where}: a flux per pixel needs a sky WCS to become a surface brightness, and there is none; "
+            "say `pixel_arcsec:` in a description (--survey FILE.yaml)"
         )
     return factor * (REFERENCE_PIXEL_ARCSEC / pixel_arcsec(wcs)) ** 2
 

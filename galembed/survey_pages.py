@@ -45,7 +45,7 @@ def _overview(survey: Survey) -> str:
         _row("  roles", roles or "none by themselves: choose with --bands"),
     ]
     lines += [_row(f"  {layout.scope}", f"{layout.name}: {layout.names}") for layout in survey.layouts]
-    lines += [_row("  refused", f"{pattern}: {why}") for pattern, why in survey.refused.items()]
+    lines += [_row("  refused", why) for why in survey.refused.values()]
     return "\n".join(lines)
 
 

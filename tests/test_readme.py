@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from galembed.backbones import Backbone
 from galembed.cli import COMMANDS, main
+from training.simulation.layout import brick_grid
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -17,6 +18,11 @@ README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding=
 def test_every_command_is_in_the_readme_and_the_readme_has_no_other() -> None:
     written = set(re.findall(r"^    galembed ([\w-]+)", README, flags=re.MULTILINE))
     assert written == set(COMMANDS)
+
+
+def test_the_sources_that_the_readme_names_are_of_the_simulated_brick() -> None:
+    ids = set(re.findall(r"9999-\d+-\d+", README))
+    assert {name.split("-")[1] for name in ids} == {str(brick_grid(1)[0].brick_id)}
 
 
 @pytest.mark.slow
@@ -33,11 +39,8 @@ def test_the_script_in_the_readme_runs(
     ):
         result = CliRunner().invoke(main, arguments)
         assert result.exit_code == 0, result.output
-    import galembed
-
-    keys, _ = galembed.open("galaxies.lance").vectors()
     script = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)[0]
-    exec(compile(script.replace("9999-308633-7", keys["source_id"][0]), "README.md", "exec"), {})
+    exec(compile(script, "README.md", "exec"), {})
     assert (tmp_path / "like_this_one.fits").exists()
     assert (tmp_path / "like_this_one.png").stat().st_size > 1000
     assert "similarity" in capsys.readouterr().out

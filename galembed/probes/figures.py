@@ -107,6 +107,8 @@ def curve_figure(report: Report) -> Figure:
     if isinstance(report, ProbeReport):
         axis.axhline(report.chance, color="0.6", linewidth=1, linestyle="--")
     axis.set(xscale="log", xlabel="labels to learn from", ylabel=report.score_name)
+    axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axis.minorticks_off()
     axis.set_title(report.column[:60], fontsize=9)
     return figure
 

@@ -269,7 +269,7 @@ def _needs_catalogue(root: str, files: list[str], tiles: Any, cutouts: Sequence[
         f"{root} holds {len(tiles.tiles)} {tiles.survey.title} {tiles.layout.name}(s): say which sources to cut from "
         f"them with --catalogue TABLE{hint}"
     )
-    folders = sorted({path.rpartition("/")[0] for each in cutouts for path in each.tiles} - {root})
+    folders = sorted({folder for each in cutouts for folder in each.folders()} - {root})
     if folders:
         names = ", ".join(relative(folder, root) for folder in folders[:5]) + ("..." if len(folders) > 5 else "")
         text += f"; or give one of its folders of cutouts: {names}"

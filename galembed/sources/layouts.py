@@ -19,6 +19,7 @@ from galembed.planes import OpenFiles, Plane
 from galembed.surveys import SURVEYS, Layout, Survey, load_survey
 
 _FOLDERS_LOOKED_INTO: Final = 12
+_FOLDERS_TOLD_APART: Final = 100
 _TILES_LOOKED_INTO: Final = 8
 
 
@@ -72,12 +73,26 @@ class Candidate:
     tiles: dict[str, TileFiles]
     evidence: str
 
+    def folders(self) -> dict[str, int]:
+        """Return the number of its tiles in each folder where a look into a few recognises them.
+
+        Names that any FITS file has are no sign of a survey. Of more than 100 folders, and of those that a user's word
+        alone makes the survey's, none is looked into.
+        """
+        tiles: dict[str, list[TileFiles]] = {}
+        for tile in self.tiles.values():
+            tiles.setdefault(os.path.dirname(tile.first_image), []).append(tile)
+        chosen = tiles
+        if self.layout.scope == "cutout" and len(tiles) <= _FOLDERS_TOLD_APART:
+            chosen = {folder: those for folder, those in tiles.items() if _evidence(self.layout, those)} or tiles
+        return {folder: len(those) for folder, those in sorted(chosen.items())}
+
     def __str__(self) -> str:
         what = "tile(s)" if self.layout.scope == "tile" else "cutout(s)"
-        folders = sorted({os.path.dirname(tile.first_image) for tile in self.tiles.values()})
+        folders = self.folders()
         more = ", ..." if len(folders) > 2 else ""
         name = self.reference.partition("#")[0]
-        return f"{name}: {len(self.tiles)} {what} in {', '.join(folders[:2])}{more}, by {self.evidence}"
+        return f"{name}: {sum(folders.values())} {what} in {', '.join([*folders][:2])}{more}, by {self.evidence}"
 
 
 def find_tiles(files: Iterable[str], layout: Layout, root: str) -> dict[str, TileFiles]:
@@ -272,7 +287,7 @@ def read_planes(layout: Layout, files: OpenFiles, bands: Sequence[str] | None) -
 
 
 def present_bands(candidate: Candidate) -> tuple[str, ...]:
-    """Return the bands of all tiles by their names, else those inside a few files."""
+    """Return the bands of all tiles by their names, else those inside a few files, or that a description promises."""
     bands: dict[str, None] = {}
     tiles = list(candidate.tiles.values())
     if tiles[0].bands:
@@ -285,4 +300,5 @@ def present_bands(candidate: Candidate) -> tuple[str, ...]:
             continue  # named when it is read
         finally:
             files.close()
-    return tuple(bands)
+    described = candidate.reference not in SURVEYS
+    return tuple(bands) or (candidate.survey.bands if described else ())

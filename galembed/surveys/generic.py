@@ -295,10 +295,7 @@ def _pick(
         dimensions = 3 if not named and len(told.bands) > 1 else 2
         found = images(file, path, dimensions)
         if len(found) != 1:
-            raise UnreadableInput(
-                f"{path}: {len(found)} {dimensions}-D images where one was expected; name it with `hdu:` in the "
-                f"description; {contents(file)}"
-            )
+            raise UnreadableInput(f"{path}: {_not_one(file, path, dimensions, told)}; {contents(file)}")
         pixels = found[0]
     else:
         try:
@@ -314,6 +311,26 @@ def _pick(
     if pixels.hdu.shape[0] != len(told.bands):
         raise MissingBand(f"{pixels.where}: {pixels.hdu.shape[0]} planes for the bands {', '.join(told.bands)}")
     return Pixels(pixels.hdu, pixels.where, told.bands.index(band))
+
+
+def _not_one(file: fits.HDUList, path: str, dimensions: int, told: Description) -> str:
+    """Say what else there is than one image, and what to do about it."""
+    what = "cube" if dimensions == 3 else "2-D image"
+    others = len(images(file, path, 5 - dimensions))
+    found = len(images(file, path, dimensions))
+    if found:
+        return (
+            f"{found} {what}s where one was expected; name it with `hdu:` in the description, or write each to a "
+            "file of its own where each is a source"
+        )
+    if not others:
+        return f"no {what}; leave this file out of `files:`"
+    if dimensions == 3:
+        return (
+            f"no cube of the bands {', '.join(told.bands)}, but {others} 2-D image(s); put {{band}} into `files:` "
+            "where each band has a file, leave this file out of it, or give `bands:` one band"
+        )
+    return f"no 2-D image, but {others} cube(s); list the bands of its planes in `bands:`, with no {{band}} in `files:`"
 
 
 def _self_described_planes(files: OpenFiles, bands: Sequence[str] | None) -> Mapping[str, tuple[Plane, ...]]:

@@ -169,6 +169,7 @@ def test_the_list_of_surveys_has_every_survey_and_layout_in_its_order() -> None:
     for name in SURVEYS:
         for layout in load_survey(name).layouts:
             assert f"{layout.scope:<12}{layout.name}: " in text
+        assert not any(pattern[:12] in text for pattern in load_survey(name).refused), "patterns are for machines"
 
 
 def test_an_unknown_survey_is_named_with_those_that_are_known() -> None:

@@ -249,6 +249,7 @@ def test_the_command_lists_writes_and_draws(store, tmp_path, monkeypatch):
     assert plot.stat().st_size > 1000
     titles = [axis.get_title() for axis in novel(store, 4).show(columns=["mag_r"]).axes]
     assert any("\nblank\n" in title for title in titles)
+    assert all(title.startswith("legacy-") for title in titles), "ids, to look closer at one"
     with pytest.raises(BadRequest, match="the table has no column 'mass'"):
         novel(store, 4).show(columns=["mass"])
 

@@ -77,7 +77,7 @@ def test_flux_becomes_rgb_and_display_stays():
 def test_hits_are_drawn_after_their_query(store, tmp_path):
     figure = store.similar("legacy-3", k=4).show(tmp_path / "hits.png", columns=["mag_r", "kind"])
     titles = [axis.get_title() for axis in figure.axes]
-    assert titles[0] == "query"
+    assert titles[0] == "query\nlegacy-3"
     assert len(titles) == 5
     assert titles[1].count("\n") == 3
     assert titles[1].startswith("legacy-")

@@ -236,4 +236,7 @@ def test_scatter_has_a_panel_for_each_answer() -> None:
     report = NumberReport("all", "5-fold", "votes", 50, scores, curve=curve, truth=values, predicted=values)
     titles = [axis.get_title() for axis in scatter_figure(report).axes]
     assert [title.splitlines()[0] for title in titles] == [f"answer-{n}" for n in range(6)]
-    assert curve_figure(report).axes[0].get_ylabel() == "mean RMSE"
+    axis = curve_figure(report).axes[0]
+    assert axis.get_ylabel() == "mean RMSE"
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["20", "40"]
+    assert not len(axis.get_xticks(minor=True)), "powers of ten among them run into one another"

@@ -9,12 +9,14 @@ import pyarrow as pa
 import pytest
 from astropy import units as u
 from astropy.coordinates import SkyCoord
+from astropy.table import Table
 from click.testing import CliRunner
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import galembed
 from galembed.commands import search
+from galembed.commands import status as status_command
 from galembed.errors import ArtifactMismatch, ArtifactNotFound, BadRequest
 from galembed.search import Hits
 from galembed.sky import separation_arcsec
@@ -93,6 +95,17 @@ def test_status_counts(store):
     assert (status.partitions, status.index, status.unindexed) == (4, "exact", 0)
     assert "430 in 4 partitions" in str(status)
     assert "blue = g" in str(status)
+
+
+@pytest.mark.parametrize("ending", ["csv", "ecsv", "fits", "vot", "parquet"])
+def test_failures_are_written_as_a_table_with_file_and_reason(store, tmp_path, ending):
+    file = tmp_path / f"failed.{ending}"
+    result = CliRunner().invoke(status_command, [str(store.path), "--failures", str(file)])
+    assert f"2 failure(s) written to {file}" in result.output
+    table = Table.read(file)
+    assert sorted(table["source_id"]) == ["gone-1", "gone-2"]
+    assert set(table["reason"]) == {"unreadable"}
+    assert {"source_uri", "message", "time"} <= set(table.colnames)
 
 
 def test_status_counts_each_warning(tmp_path):

@@ -309,6 +309,34 @@ def test_bands_of_other_shapes_without_a_wcs_are_not_lined_up_by_guess(tmp_path:
         read_star(tmp_path, survey=described(tmp_path, text))
 
 
+def test_images_that_do_not_fit_a_description_say_what_to_change(tmp_path: Path) -> None:
+    stamp = np.ones((20, 20), np.float32)
+    one = "name: x\nfiles: '{tile}.fits'\nbands: [g]\nzero_point: 30.0\npixel_arcsec: 0.2\n"
+    three = one.replace("[g]", "[g, r, i]") + ROLES
+    for name, hdus, text, words in (
+        ("a", [fits.PrimaryHDU(stamp), fits.ImageHDU(stamp)], one, r"2 2-D images where one .*name it with `hdu:`"),
+        ("b", [fits.PrimaryHDU(stamp), fits.ImageHDU(stamp)], one, r"write each to a file of its own"),
+        ("c", [fits.PrimaryHDU(stamp)], three, r"no cube of the bands g, r, i, but 1 2-D image\(s\); put \{band\}"),
+        ("d", [fits.PrimaryHDU(np.ones((3, 20, 20)))], one, r"no 2-D image, but 1 cube\(s\); list the bands of its"),
+        ("e", [fits.PrimaryHDU()], one, r"no 2-D image; leave this file out of `files:`"),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        fits.HDUList(hdus).writeto(folder / "1.fits")
+        survey = described(tmp_path, text)
+        with pytest.raises(UnreadableInput, match=words):
+            read_star(folder, survey=survey, bands="g")
+
+
+def test_a_description_without_roles_names_the_band_that_it_has_where_no_file_can_be_read(tmp_path: Path) -> None:
+    fits.writeto(tmp_path / "1.fits", np.ones((20, 20), np.float32))
+    text = "name: x\nfiles: '{tile}.fits'\nbands: [Halpha]\nzero_point: 30.0\n"
+    with pytest.raises(MissingBand, match=r"no band for blue, green, red; present are Halpha\..*--bands Halpha"):
+        open_source(tmp_path, survey=described(tmp_path, text))
+    with pytest.raises(UnknownUnit, match=r"there is none; say `pixel_arcsec:` in a description"):
+        read_star(tmp_path, survey=described(tmp_path, text), bands="Halpha")
+
+
 def test_a_description_may_not_take_a_surveys_name(tmp_path: Path) -> None:
     write_cubes(tmp_path)
     with pytest.raises(BadRequest, match="sdss is the name of a survey"):

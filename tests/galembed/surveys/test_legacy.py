@@ -411,6 +411,22 @@ def test_bricks_beside_another_surveys_cutouts_are_an_error_that_names_both(tmp_
         open_source(tmp_path, catalogue=catalogue)
 
 
+def test_only_folders_with_cutouts_are_named_as_such(tmp_path: Path) -> None:
+    head = celestial_cards(tan_wcs((40, 40), 0.396)) + fits.Header({"ORIGIN": "SDSS", "BUNIT": "nanomaggy"})
+    for name in ("a_tables", "bricks", "cubes", "sdss"):
+        (tmp_path / name).mkdir()
+    one_brick(tmp_path / "bricks")
+    for number in range(3):
+        fits.BinTableHDU.from_columns([]).writeto(tmp_path / "a_tables" / f"{number}.fits")
+    legacy = fits.Header({"BANDS": "grz", "IMAGETYP": "IMAGE"})
+    fits.writeto(tmp_path / "cubes" / "1.fits", np.ones((3, 40, 40), np.float32), legacy)
+    with pytest.raises(BadRequest, match=r"--catalogue TABLE.*; or give one of its folders of cutouts: cubes$"):
+        open_source(tmp_path)
+    fits.writeto(tmp_path / "sdss" / "J1_r.fits", np.ones((40, 40), np.float32), head)
+    with pytest.raises(BadRequest, match=r"(?s)more than one survey:.*legacy: 1 cutout\(s\) in [^,]*/cubes, by header"):
+        open_source(tmp_path)
+
+
 @pytest.mark.shared_data
 def test_a_real_subimage_has_three_bands_with_weights(shared_data: Path, tmp_path: Path) -> None:
     (tmp_path / "J1.fits").symlink_to(
