@@ -40,6 +40,7 @@ from galembed.runtimes import RUNTIMES
     help="Images per call of the engine; auto measures which is fastest, once.",
 )
 @click.option("--carry", multiple=True, metavar="COLUMN", help="Catalogue column to keep in the store; repeatable.")
+@click.option("--thumbnails", is_flag=True, help="Have a new store keep a small picture of each source.")
 @click.option("--retry-failed", is_flag=True, help="Try sources again that failed before.")
 @click.option("--keep-changed", is_flag=True, help="Leave vectors as they are whose files have changed.")
 @click.option("--prune", is_flag=True, help="Remove sources of this survey that the list no longer has.")
@@ -68,6 +69,7 @@ def embed(
     min_coverage: float,
     carry: tuple[str, ...],
     column: tuple[str, ...],
+    thumbnails: bool,
     retry_failed: bool,
     keep_changed: bool,
     prune: bool,
@@ -109,6 +111,7 @@ def embed(
         "batch": parse_batch(batch, "--batch"),
         "retry_failed": retry_failed,
         "keep_changed": keep_changed,
+        "thumbnails": thumbnails,
     }
     share = None if max_failures is None else parse_share(max_failures, "--max-failures")
     if plan_only:

@@ -16,6 +16,7 @@ from catalogue_jobs.partition import embed_partition
 from catalogue_jobs.plan import Outstanding, Partition, files_of, rows_of
 from galembed.backbones import Backbone
 from galembed.runtimes import Runtime
+from galembed.schemas import THUMBNAIL_BYTES
 from galembed.sources import SourceReader
 
 CALIBRATION_SECONDS: Final = 10.0
@@ -145,6 +146,8 @@ def disk_needed(table: pa.Table, schema: pa.Schema) -> int:
             per_row += item.type.list_size * item.type.value_type.bit_width / 8
         elif pa.types.is_primitive(item.type):
             per_row += item.type.bit_width / 8
+        elif pa.types.is_binary(item.type):
+            per_row += THUMBNAIL_BYTES
         elif item.name in table.column_names and len(table):
             per_row += table[item.name].nbytes / len(table)
         else:

@@ -17,9 +17,10 @@ from galembed.backbones import InputContract
 from galembed.cutouts import Cutout
 from galembed.errors import GalembedError, UnreadableInput
 from galembed.runtimes import Embedded, Runtime
-from galembed.schemas import FAILURES, conform
+from galembed.schemas import FAILURES, THUMBNAIL, StoreContract, conform
 from galembed.sky import healpix_index
 from galembed.sources import SourceReader
+from galembed.thumbnails import thumbnail
 
 BATCH: Final = 32
 
@@ -38,7 +39,7 @@ class Timings:
     read : float
         As far as the reader tells: a cutout may have a `read_seconds`.
     cut : float
-        The rest of the time spent in the reader.
+        The rest of the time spent in the reader, and in making thumbnails.
     wait : float
         Until the engine was free: another partition was in it.
     infer, write : float
@@ -94,6 +95,7 @@ class _Collected:
     rows: list[int] = field(default_factory=list)
     cutouts: list[Cutout] = field(default_factory=list)
     vectors: list[Embedded] = field(default_factory=list)
+    thumbnails: dict[int, bytes] = field(default_factory=dict)
     failures: list[tuple[int, str, GalembedError]] = field(default_factory=list)
 
 
@@ -118,7 +120,7 @@ def embed_partition(
     rows : pa.Table
         Source list rows, carried columns included.
     schema : pa.Schema
-        Of the store's `embeddings`.
+        Of the store's `embeddings`; with a `thumbnail`, each row gets one.
     partition : str
         Its name, for each row.
     batch : int
@@ -142,6 +144,7 @@ def embed_partition(
         wait += start - asked
         waiting.clear()
 
+    side = StoreContract.from_schema(schema).thumbnails if THUMBNAIL.name in schema.names else 0
     outcomes = cut_all(rows, reader, contract)
     while True:
         start = time.perf_counter()
@@ -155,6 +158,10 @@ def embed_partition(
             continue
         read += outcome.read_seconds
         tiles_opened += outcome.tiles_opened
+        if side:
+            start = time.perf_counter()
+            collected.thumbnails[number] = thumbnail(outcome.pixels, contract.mapping, side)
+            cut += time.perf_counter() - start
         waiting.append((number, outcome))
         if len(waiting) >= batch:
             flush()
@@ -297,6 +304,8 @@ def _embeddings(
         "engine": [engine] * count,
         "partition": [partition] * count,
     }
+    if collected.thumbnails:
+        columns[THUMBNAIL.name] = pa.array([collected.thumbnails[row] for row in collected.rows], THUMBNAIL.type)
     columns |= {name: predictions[:, at] for at, name in enumerate(names)}
     return _table(columns, schema)
 

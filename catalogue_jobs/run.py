@@ -42,12 +42,13 @@ from galembed.errors import ArtifactMismatch, BadRequest, SchemaMismatch
 from galembed.files import is_url
 from galembed.runtimes import open_runtime
 from galembed.runtimes.batches import AUTO
-from galembed.schemas import SOURCES, StoreContract, embeddings_schema
+from galembed.schemas import SOURCES, THUMBNAIL, StoreContract, embeddings_schema
 from galembed.sources import SourceReader
 from galembed.store.commit import Finished, prepare, prune, store_schema, sweep, tidy, upsert_failures
 from galembed.store.keys import keys
 from galembed.store.lease import Lease
 from galembed.store.places import resolve
+from galembed.thumbnails import PIXELS
 
 CONNECT_SECONDS: Final = 10
 
@@ -85,6 +86,7 @@ def embed(
     rows_per_partition: int = ROWS_PER_PARTITION,
     retry_failed: bool = False,
     keep_changed: bool = False,
+    thumbnails: bool = False,
     prune_withdrawn: bool = False,
     max_failures: float | None = None,
     progress: bool = True,
@@ -122,6 +124,8 @@ def embed(
         Try sources again that failed before.
     keep_changed : bool
         Leave vectors as they are although their source's file is another version now.
+    thumbnails : bool
+        Have a new store keep a small picture of each source (`galembed.thumbnails`); a store keeps to what it does.
     prune_withdrawn : bool
         Remove the sources from the store that are of a survey of this list, and not in the list.
     max_failures : float, optional
@@ -132,7 +136,8 @@ def embed(
     Raises
     ------
     ArtifactMismatch
-        If the store was made with another backbone, input kind, bands or numeric class.
+        If the store was made with another backbone, input kind, bands or numeric class, or without thumbnails that are
+        asked for.
     SchemaMismatch
         If it carries other columns.
     StoreBusy
@@ -148,6 +153,7 @@ def embed(
     started = time.monotonic()
     _check_store(store, backbone, source)
     precision = _numeric_class(store, precision)
+    pictures = _thumbnails(store, asked=thumbnails)
     sources = source.sources()
     with Lease(store) as lease:
         stored = keys(store) if store_schema(store) is not None else None
@@ -159,7 +165,7 @@ def embed(
             # A worker that outlived its job may have ended its task, and left its file, after the job had tidied.
             (tidy if stored.repeated else sweep)(store, lease)
             return account.report()
-        schema = _schema(backbone, source, sources.table.schema, precision)
+        schema = _schema(backbone, source, sources.table.schema, precision, pictures)
         _check_disk(store, todo.table, schema)
         if len(todo.table):
             account.engine, account.passed_over = _chosen(backbone, runtime, precision, scheduler)
@@ -202,6 +208,7 @@ def forecast(
     rows_per_partition: int = ROWS_PER_PARTITION,
     retry_failed: bool = False,
     keep_changed: bool = False,
+    thumbnails: bool = False,
 ) -> Forecast:
     """Return what `embed` would do and cost, and write nothing.
 
@@ -216,10 +223,11 @@ def forecast(
     store = resolve(store)
     _check_store(store, backbone, source)
     precision = _numeric_class(store, precision)
+    pictures = _thumbnails(store, asked=thumbnails)
     sources = source.sources()
     stored = keys(store) if store_schema(store) is not None else None
     todo = outstanding(sources, stored, retry_failed=retry_failed, keep_changed=keep_changed)
-    schema = _schema(backbone, source, sources.table.schema, precision)
+    schema = _schema(backbone, source, sources.table.schema, precision, pictures)
     count = workers or _local_workers(len(todo.table))
     table, parts = in_order(todo.table, partitions(todo.table, _limit(todo.table, count, rows_per_partition)))
     tiles, reads, size = opened(table, parts)
@@ -412,7 +420,9 @@ def _check_prune(store: str, todo: Outstanding, withdrawn: pa.Table) -> None:
         )
 
 
-def _schema(backbone: Backbone, source: SourceReader, listed: pa.Schema, numeric_class: str) -> pa.Schema:
+def _schema(
+    backbone: Backbone, source: SourceReader, listed: pa.Schema, numeric_class: str, thumbnails: int
+) -> pa.Schema:
     """Return the schema of a store of this backbone and source.
 
     Raises
@@ -422,6 +432,7 @@ def _schema(backbone: Backbone, source: SourceReader, listed: pa.Schema, numeric
     """
     carried = [item.with_nullable(True) for item in listed if item.name not in SOURCES.names]
     own = set(embeddings_schema(1, answers=backbone.answers, values=backbone.values).names)
+    own |= {THUMBNAIL.name} if thumbnails else set()
     taken = [item.name for item in carried if item.name in own]
     if taken:
         raise SchemaMismatch(
@@ -438,6 +449,7 @@ def _schema(backbone: Backbone, source: SourceReader, listed: pa.Schema, numeric
         source=source.root,
         survey=source.survey,
         fov=source.fov,
+        thumbnails=thumbnails,
     )
     return embeddings_schema(
         backbone.dim, carried=carried, answers=backbone.answers, values=backbone.values, contract=contract
@@ -449,7 +461,7 @@ def _check_store(store: str, backbone: Backbone, source: SourceReader) -> None:
     existing = store_schema(store)
     if existing is not None:
         contract = StoreContract.from_schema(existing)
-        ours = _schema(backbone, source, SOURCES, contract.numeric_class)
+        ours = _schema(backbone, source, SOURCES, contract.numeric_class, contract.thumbnails)
         contract.require_same(StoreContract.from_schema(ours))
 
 
@@ -469,6 +481,26 @@ def _numeric_class(store: str, asked: str | None) -> str:
         raise ArtifactMismatch(
             f"the vectors in {store} are of numeric class {own}, and {asked} is asked for: a store does not mix them; "
             "leave --precision out, or embed into another store"
+        )
+    return own
+
+
+def _thumbnails(store: str, *, asked: bool) -> int:
+    """Return the side of the thumbnails that a store keeps, or a new one is to keep; 0 for none.
+
+    Raises
+    ------
+    ArtifactMismatch
+        If they are asked for and the store was made without.
+    """
+    schema = store_schema(store)
+    if schema is None:
+        return PIXELS if asked else 0
+    own = StoreContract.from_schema(schema).thumbnails
+    if asked and not own:
+        raise ArtifactMismatch(
+            f"{store} was made without thumbnails, and a store keeps them of all its sources or of none; leave "
+            "--thumbnails out, or embed into another store"
         )
     return own
 

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 from urllib.parse import quote
 
 import numpy as np
 from astropy.table import Table
-from numpy.typing import NDArray
-from PIL import Image
 
 from galembed.errors import BadRequest
 from galembed.pictures import Picture, cell_text, pictures_of_hits, pictures_of_query, require_columns
 from galembed.search import Hits
+from galembed.thumbnails import jpeg
 
-_QUALITY: Final = 85
 _FIELD_ARCMIN: Final = 2.0  # of the sky about a source, where it is opened
 
 _HIPS: Final = {
@@ -117,22 +114,6 @@ def sky_links(survey: str, ra: float, dec: float) -> list[tuple[str, str]]:
     layer = _LEGACY_LAYERS.get(survey, "ls-dr10")
     viewer = f"https://www.legacysurvey.org/viewer?ra={ra:.6f}&dec={dec:.6f}&layer={layer}&zoom=15"
     return [("Legacy Surveys", viewer), aladin, esasky]
-
-
-def jpeg(image: NDArray[Any], *, quality: int = _QUALITY) -> bytes:
-    """Return an image as JPEG, its top row first.
-
-    Parameters
-    ----------
-    image : ndarray, shape (y, x, 3)
-        uint8, or floats in [0, 1]; row 0 is the bottom.
-    quality : int
-        1 to 95.
-    """
-    pixels = image if image.dtype == np.uint8 else np.round(255 * image).astype(np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels[::-1])).save(buffer, "JPEG", quality=quality)
-    return buffer.getvalue()
 
 
 def _asked(hits: Hits) -> list[tuple[str, str]]:

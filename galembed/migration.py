@@ -107,7 +107,10 @@ class Refitted:
 
 @dataclass(frozen=True)
 class Migration:
-    """What moving a store to another backbone changes; `str` gives Markdown."""
+    """What moving a store to another backbone changes; `str` gives Markdown.
+
+    `pictures_lost` says that the old store keeps thumbnails and the new one none.
+    """
 
     old: str
     new: str
@@ -116,6 +119,7 @@ class Migration:
     coverage: Coverage
     overlap: Overlap
     probes: tuple[Refitted, ...]
+    pictures_lost: bool
 
     def __str__(self) -> str:
         found, near = self.coverage, self.overlap
@@ -132,6 +136,8 @@ class Migration:
             lines += [f"- {found.gained:,} had failed and are embedded now"]
         if found.extra:
             lines += [f"- {found.extra:,} are in the new store alone"]
+        if self.pictures_lost:
+            lines += ["- the old store keeps thumbnails and the new one none; `galembed embed --thumbnails` makes them"]
         if lines[-1]:
             lines.append("")
         quantiles = ", ".join(f"{share:.0%}: {value:.2f}" for share, value in near.quantiles.items())
@@ -189,7 +195,8 @@ def compare_stores(
         raise BadRequest(f"no source is embedded in both {old} and {new}")
     overlap = _overlap(before, after, shared, seed)
     refitted = tuple(_refit(before, after, probe, shared, out) for probe, out in loaded)
-    return Migration(str(old), str(new), old_id, new_id, found, overlap, refitted)
+    pictures_lost = bool(before.contract.thumbnails) and not after.contract.thumbnails
+    return Migration(str(old), str(new), old_id, new_id, found, overlap, refitted, pictures_lost)
 
 
 def _more(count: int) -> str:

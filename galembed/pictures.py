@@ -19,7 +19,9 @@ from galembed.backbones import load_backbone
 from galembed.cutouts import Cutout
 from galembed.errors import BadRequest, GalembedError
 from galembed.mappings import LEGACY_DR2, FluxMapping, named_mapping
+from galembed.schemas import THUMBNAIL
 from galembed.store import Store, open_store
+from galembed.thumbnails import image_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -186,22 +188,30 @@ def _store_of(hits: Hits) -> Store:
 
 
 def pictures_of(store: Store, keys: list[tuple[str, str]], name: str | None = None) -> list[Picture]:
-    """Return the picture of each source, or why there is none, cut again from the files that the store names.
+    """Return the picture of each source, or why there is none: the store's own, or cut again from the source's files.
 
     Parameters
     ----------
     store : Store
     keys : list of (survey, source_id)
     name : str, optional
-        Of a mapping; the backbone's own unless given.
+        Of a mapping, which takes the files; the backbone's own unless given.
 
     Returns
     -------
     list of ndarray, shape (y, x, 3), or str
     """
-    mapping = named_mapping(name) if name else _mapping(store)
-    rows = store.rows(keys, _PICTURE_COLUMNS)
-    found = {
+    chosen = named_mapping(name) if name else None
+    found: dict[tuple[str, str], Picture] = {}
+    if store.contract.thumbnails and chosen is None:
+        kept = store.rows(keys, ["survey", "source_id", THUMBNAIL.name]).to_pylist()
+        found = {(row["survey"], row["source_id"]): image_of(row["thumbnail"]) for row in kept if row["thumbnail"]}
+    others = [key for key in keys if key not in found]
+    if not others:
+        return [found[key] for key in keys]
+    mapping = chosen or _mapping(store)
+    rows = store.rows(others, _PICTURE_COLUMNS)
+    found |= {
         (survey, source_id): _picture(cut, mapping)
         for survey, source_id, cut in zip(
             rows.column("survey").to_pylist(),
@@ -294,7 +304,8 @@ def _grid(rows: int, columns: int) -> tuple[Figure, list[Axes]]:
 def _draw(axis: Axes, image: Picture, title: str) -> None:
     axis.set_title(title, fontsize=7, pad=2)
     if not isinstance(image, str):
-        axis.imshow(image, origin="lower", interpolation="nearest")
+        # A thumbnail has fewer pixels than it is drawn with, and would show them.
+        axis.imshow(image, origin="lower", interpolation="bicubic" if len(image) < PIXELS else "nearest")
         return
     axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     axis.spines[:].set(visible=True, color="0.7")

@@ -22,6 +22,7 @@ from xmlrpc.client import Error, Fault, ServerProxy, Transport
 from astropy.table import Table
 
 from galembed.errors import BadRequest
+from galembed.table_files import byte_columns
 
 MESSAGE: Final = "table.load.votable"
 EVERYONE: Final = "all"
@@ -35,7 +36,8 @@ def send_table(table: Table, to: str | None = None, *, name: str = "hits", timeo
     Parameters
     ----------
     table : Table
-        It travels as a VOTable in a temporary file, which is removed once all have read it.
+        It travels as a VOTable in a temporary file, which is removed once all have read it; without pictures
+        (`thumbnail`), which a VOTable does not take.
     to : str, optional
         Part of a program's name, in any case; ``all``, or nothing, for every program that takes tables.
     name : str
@@ -58,7 +60,9 @@ def send_table(table: Table, to: str | None = None, *, name: str = "hits", timeo
         chosen = _receivers(hub, to)
         folder = Path(tempfile.mkdtemp(prefix="galembed-"))
         file = folder / f"{name}.vot"
-        table.write(file, format="votable")
+        shown = table.copy(copy_data=False)
+        shown.remove_columns(byte_columns(table))
+        shown.write(file, format="votable")
         params = {"url": file.as_uri(), "table-id": file.as_uri(), "name": name}
         for client, program in chosen.items():
             _load(hub, client, program, params, timeout)

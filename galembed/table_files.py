@@ -12,6 +12,8 @@ VOTable    `meta` in one PARAM
 CSV        no units and no `meta`; ids are read as text
 =========  ==============================================================================================
 
+Bytes (the pictures in a store's `thumbnail`) are written to Parquet alone; the others are refused by name.
+
 FITS and VOTable have one form for empty and missing text, and one for NaN and a missing number: which columns have
 something missing is kept beside `meta`.
 """
@@ -28,6 +30,8 @@ import numpy as np
 import pyarrow as pa
 from astropy.table import Column, MaskedColumn, Table
 from astropy.table.connect import TableRead, TableWrite
+
+from galembed.errors import BadRequest
 
 FORMATS: Final = {
     ".vot": "votable",
@@ -61,6 +65,10 @@ def _column(field: pa.Field, values: pa.Array) -> Column:
     common = {"name": field.name, "unit": unit, "description": metadata.get("doc") or None}
     if pa.types.is_fixed_size_list(field.type):
         return Column(values.flatten().to_numpy(zero_copy_only=False).reshape(len(values), -1), **common)
+    if pa.types.is_binary(field.type):
+        data = values.fill_null(b"").to_numpy(zero_copy_only=False)
+        missing = values.is_null().to_numpy(zero_copy_only=False)
+        return MaskedColumn(data, mask=missing, **common) if values.null_count else Column(data, **common)
     text = pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
     if not values.null_count:
         data = values.to_numpy(zero_copy_only=False)
@@ -98,6 +106,12 @@ def _arrow_array(column: Column) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(pa.array(data.ravel()), int(np.prod(data.shape[1:])))
 
 
+def byte_columns(table: Table) -> list[str]:
+    """Return the names of columns that hold bytes of any length, such as pictures."""
+    objects = {name: np.asarray(column) for name, column in table.columns.items() if column.dtype.kind == "O"}
+    return [name for name, values in objects.items() if any(isinstance(value, bytes) for value in values.flat)]
+
+
 def _missing(column: Column) -> Any:
     """Return which values are masked, shape (row,); None where none is."""
     mask = getattr(column, "mask", None)
@@ -120,7 +134,13 @@ class WriteTable(TableWrite):  # type: ignore[misc]  # astropy has no types
         chosen = format or FORMATS.get(file.suffix.lower())
         if chosen == "parquet":
             _write_parquet(self._instance, file, **kwargs)
-        elif chosen == "votable":
+            return
+        if pictures := byte_columns(self._instance):
+            raise BadRequest(
+                f"column {pictures[0]!r} holds bytes, which {chosen or file.suffix} does not take; "
+                f"write {file.stem}.parquet, or remove the column first"
+            )
+        if chosen == "votable":
             _write_votable(self._instance, file, **kwargs)
         elif chosen == "fits":
             _for_fits(self._instance).write(*args, format=chosen, **kwargs)

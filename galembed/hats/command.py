@@ -15,7 +15,7 @@ from galembed.options import quiet_option, where_option
 @click.option(
     "--columns",
     metavar="NAME,NAME,...",
-    help="Columns besides keys, position and vector, by commas.  [default: all]",
+    help="Columns besides keys, position and vector, by commas.  [default: all but thumbnail]",
 )
 @where_option
 @click.option(

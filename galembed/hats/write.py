@@ -25,7 +25,7 @@ from galembed.errors import ArtifactMismatch, BadRequest, UnreadableInput
 from galembed.hats import PARTITION_COLUMNS, open_hats
 from galembed.hats.cells import Cell, count_bins, cut_cells, runs_of
 from galembed.progress import progress
-from galembed.schemas import StoreContract
+from galembed.schemas import THUMBNAIL, StoreContract, part_of, row_bytes
 from galembed.search import check_where
 from galembed.store import Store
 from galembed.whole import made_whole
@@ -96,7 +96,7 @@ def export_hats(
     out : str or Path
         Folder to make.
     columns : sequence of str, optional
-        Columns besides keys, position and vector; all without it.
+        Columns besides keys, position and vector; all but `thumbnail` without it.
     where : str, optional
         Only these rows, as in `Store.similar`.
     rows_per_pixel : int
@@ -137,7 +137,7 @@ def export_hats(
                     advance(batch.num_rows)
                     yield batch.column(0).to_numpy()
 
-        stretch = max(1, _STRETCH_BYTES // _row_bytes(schema))
+        stretch = max(1, _STRETCH_BYTES // row_bytes(schema))
         starts, counts = count_bins(indices, min(rows_per_pixel, stretch))
         if not len(starts):
             raise BadRequest(_nothing(store, where, nowhere))
@@ -148,7 +148,7 @@ def export_hats(
                 for batch in store.batches(
                     schema.names,
                     _both(where, f"{_INDEX} IS NOT NULL"),
-                    batch_size=_BATCH_BYTES // _row_bytes(schema) + 1,
+                    batch_size=_BATCH_BYTES // row_bytes(schema) + 1,
                 ):
                     stretches.add(batch.cast(schema))
                     advance(batch.num_rows)
@@ -171,18 +171,14 @@ def _schema(store: Store, columns: Sequence[str] | None, *, vectors: bool) -> pa
     if unknown:
         raise BadRequest(f"the store has no column {unknown[0]!r}; it has {', '.join(names)}")
     kept = set(names if columns is None else (*columns, "vector")) | set(_ALWAYS)
+    if columns is None and store.contract.thumbnails:
+        kept.discard(THUMBNAIL.name)
     if not vectors:
         kept.discard("vector")
     filed = sorted((PARTITION_COLUMNS - {_INDEX}) & kept)
     if filed:
         raise BadRequest(f"column {filed[0]!r} has a name that HATS keeps for itself; leave it out with --columns")
-    return pa.schema([field for field in store.schema if field.name in kept], metadata=store.schema.metadata)
-
-
-def _row_bytes(schema: pa.Schema) -> int:
-    """Return about how much memory a row takes."""
-    wide = (field.type for field in schema if pa.types.is_fixed_size_list(field.type))
-    return 48 * len(schema) + sum(int(dtype.list_size) * int(dtype.value_type.bit_width) // 8 for dtype in wide)
+    return part_of(store.schema, kept)
 
 
 def _both(where: str | None, condition: str) -> str:
@@ -299,7 +295,7 @@ def _parquet_options(schema: pa.Schema) -> dict[str, Any]:
     """Return how columns are packed: floats byte by byte, so that their exponents compress, and texts by dictionary."""
     floats = [path for path, dtype in map(_leaf, schema) if pa.types.is_floating(dtype)]
     encodings = dict.fromkeys(floats, "BYTE_STREAM_SPLIT") | {_INDEX: "DELTA_BINARY_PACKED"}
-    texts = [path for path, _ in map(_leaf, schema) if path not in encodings]
+    texts = [path for path, dtype in map(_leaf, schema) if path not in encodings and not pa.types.is_binary(dtype)]
     return {"compression": "zstd", "column_encoding": encodings, "use_dictionary": texts, "write_page_index": True}
 
 

@@ -67,7 +67,7 @@ def import_command(
 @click.command("export-parquet")
 @click.argument("store")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--columns", metavar="NAME,NAME,...", help="Catalogue columns and predictions to write.  [default: all]")
+@click.option("--columns", metavar="NAME,NAME,...", help="Catalogue columns, predictions, thumbnail.  [default: all]")
 @where_option
 @click.option(
     "--rows-per-file", type=click.IntRange(min=1), default=1_000_000, show_default=True, help="Most rows of a file."

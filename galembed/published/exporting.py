@@ -12,7 +12,7 @@ import pyarrow as pa
 from galembed import __version__
 from galembed.errors import BadRequest
 from galembed.progress import progress
-from galembed.schemas import CONTRACT_KEY, embeddings_schema
+from galembed.schemas import CONTRACT_KEY, embeddings_schema, part_of, row_bytes
 from galembed.store import Store
 from galembed.whole import made_whole
 
@@ -67,7 +67,8 @@ def export_published(
     out : str or Path
         Folder to make.
     columns : sequence of str, optional
-        Of the carried columns and predictions, those to write; all without it. Every store's own are always there.
+        Of the carried columns, the predictions and `thumbnail`, those to write; all without it. Every store's own are
+        always there.
     where : str, optional
         Only these rows, as in `Store.similar`.
     rows_per_file : int
@@ -89,9 +90,9 @@ def export_published(
     if "://" in str(out):
         raise BadRequest(f"embeddings are written to a local folder, got {out}; copy it there afterwards")
     schema = _schema(store, columns, where)
-    row_bytes = 4 * store.dim + 48 * len(schema)
-    limit = max(1, min(rows_per_file, _FILE_BYTES // row_bytes))
-    batch_size = _BATCH_BYTES // row_bytes + 1
+    per_row = row_bytes(schema)
+    limit = max(1, min(rows_per_file, _FILE_BYTES // per_row))
+    batch_size = _BATCH_BYTES // per_row + 1
     out = Path(out).expanduser().resolve()
     with made_whole(out, lambda there: _refuse(there, overwrite=overwrite)) as folder:
         sizes: list[int] = []
@@ -113,7 +114,7 @@ def export_published(
                         held.append(head)
                         sizes[-1] += head.num_rows
                         batch = batch.slice(head.num_rows)
-                        if sum(each.num_rows for each in held) * row_bytes >= _GROUP_BYTES:
+                        if sum(each.num_rows for each in held) * per_row >= _GROUP_BYTES:
                             held = _flush(writer, held)
                 _flush(writer, held)
             finally:
@@ -128,9 +129,10 @@ def export_published(
 def _schema(store: Store, columns: Sequence[str] | None, where: str | None) -> pa.Schema:
     own = set(embeddings_schema(1).names)
     kept = set(store.schema.names if columns is None else store.known(columns)) | own
-    provenance = {CONTRACT_KEY: store.schema.metadata[CONTRACT_KEY], VERSION_KEY: __version__.encode()}
+    schema = part_of(store.schema, kept)
+    provenance = {CONTRACT_KEY: schema.metadata[CONTRACT_KEY], VERSION_KEY: __version__.encode()}
     provenance |= {WHERE_KEY: where.encode()} if where else {}
-    return pa.schema([item for item in store.schema if item.name in kept], metadata=provenance)
+    return schema.with_metadata(provenance)
 
 
 def _flush(writer: Any, held: list[pa.RecordBatch]) -> list[pa.RecordBatch]:

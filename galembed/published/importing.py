@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from galembed.errors import BadRequest
 from galembed.progress import progress
 from galembed.published.tables import Published, Rows, file_digest, open_published, row_count
-from galembed.schemas import FAILURES, conform
+from galembed.schemas import FAILURES, THUMBNAIL_BYTES, StoreContract, conform
 from galembed.store.commit import Finished, commit, prepare, tidy, write_fragments
 from galembed.store.keys import joined_key, key_hashes, open_table, repeated_values, rows_with
 from galembed.store.lease import Lease
@@ -167,7 +167,8 @@ def import_published(
 
 def _parts(published: Published, counts: Sequence[int]) -> list[_Part]:
     """Return the parts of all files, named by what the file is, so that they are the same when it is read again."""
-    rows = max(1, min(_PART_ROWS, _PART_BYTES // (4 * published.dim)))
+    pictures = THUMBNAIL_BYTES * bool(StoreContract.from_schema(published.schema).thumbnails)
+    rows = max(1, min(_PART_ROWS, _PART_BYTES // (4 * published.dim + pictures)))
     parts = []
     seen: dict[str, Path] = {}
     for number, (file, count) in enumerate(zip(published.files, counts, strict=True)):

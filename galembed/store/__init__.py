@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from galembed.errors import ArtifactNotFound, BadRequest
 from galembed.files import is_url
 from galembed.regions import region_filter
-from galembed.schemas import FAILURES, StoreContract, answers_of, embeddings_schema
+from galembed.schemas import FAILURES, THUMBNAIL, StoreContract, answers_of, embeddings_schema
 from galembed.search import (
     HIT_COLUMNS,
     Hits,
@@ -129,6 +129,7 @@ class Store:
     def carried(self) -> tuple[str, ...]:
         """Catalogue columns: neither galembed's own nor predictions."""
         own = _OWN_COLUMNS | set(answers_of(self.schema))
+        own |= {THUMBNAIL.name} if self.contract.thumbnails else set()
         return tuple(name for name in self.schema.names if name not in own)
 
     @property

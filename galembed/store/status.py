@@ -76,7 +76,8 @@ class Status:
             "failures": failed or "none",
             "flagged": ", ".join(f"{count:,} {word}" for word, count in self.flags.items()) or "none",
             "backbone": f"{contract.backbone} ({contract.embedding_id[:12]})",
-            "vectors": f"{self.dim} numbers, {contract.numeric_class}",
+            "vectors": f"{self.dim} numbers, {contract.numeric_class}"
+            + (f"; pictures of {contract.thumbnails} pixels" if contract.thumbnails else ""),
             "input": ", ".join(
                 filter(
                     None,

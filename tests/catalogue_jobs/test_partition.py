@@ -14,8 +14,9 @@ from catalogue_jobs.partition import Outcome, embed_partition
 from galembed.backbones import FieldOfView, InputContract
 from galembed.cutouts import Cutout
 from galembed.mappings import LEGACY_DR2
-from galembed.schemas import embeddings_schema
+from galembed.schemas import StoreContract, embeddings_schema
 from galembed.sky import healpix_index
+from galembed.thumbnails import thumbnail
 from tests.catalogue_jobs.fakes import DIM, FakeReader, FakeRuntime
 
 CONTRACT = InputContract(8, FieldOfView(9.0, 8.0, 90.0), LEGACY_DR2)
@@ -171,3 +172,20 @@ def test_what_a_tile_says_of_a_source_fills_its_carried_column() -> None:
     assert outcome.embeddings["flags"].to_pylist() == ["blank"] * 3
     assert outcome.embeddings["neighbours"].to_pylist() == [["/t2"]] * 3
     assert outcome.tiles_opened == 6
+
+
+def test_each_row_gets_its_thumbnail_where_the_store_keeps_them() -> None:
+    contract = StoreContract("e", "/b", "flux", "fp32", thumbnails=64)
+    schema = embeddings_schema(DIM, carried=[pa.field("mag_r", pa.float32())], contract=contract)
+    reader = FakeReader(10, empty=("g2",))
+    table = embed_partition(
+        reader.sources().table, reader, FakeRuntime(bad=(3,)), CONTRACT, schema, partition="p", batch=4
+    ).embeddings
+    assert len(table) == 8
+    for name, data in zip(ids(table), table["thumbnail"].to_pylist(), strict=True):
+        pixels = np.random.default_rng([int(name[1:]), 0]).normal(0, 50, (3, 8, 8)).astype(np.float32)
+        assert data == thumbnail(pixels, LEGACY_DR2)
+
+
+def test_without_them_there_is_no_column() -> None:
+    assert "thumbnail" not in run(FakeReader(3)).embeddings.column_names

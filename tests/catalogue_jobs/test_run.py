@@ -30,10 +30,13 @@ from export.trials import gather
 from galembed.backbones import Backbone, load_backbone
 from galembed.errors import ArtifactMismatch, ArtifactNotFound, BadRequest, SchemaMismatch, StoreBusy
 from galembed.fidelity import Tolerance
-from galembed.schemas import SOURCES
+from galembed.schemas import SOURCES, THUMBNAIL_BYTES
 from galembed.sources import SourceList
 from galembed.store import commit as committing
+from galembed.store.checks import verify
 from galembed.store.commit import Lease, write_fragments
+from galembed.store.compaction import compact
+from galembed.store.history import history, rollback
 from tests.catalogue_jobs.fakes import FakeReader, source_table
 from tests.catalogue_jobs.script import COUNT, FAILING
 
@@ -334,7 +337,7 @@ class WithColumn(FakeReader):
 
     def sources(self) -> SourceList:
         listed = super().sources()
-        return SourceList(listed.table.append_column(self.root, listed.table["size"]), listed.rejected)
+        return SourceList(listed.table.append_column(self.root, listed.table["ra"]), listed.rejected)
 
 
 def test_carried_columns_must_match(job: Any) -> None:
@@ -498,3 +501,57 @@ def test_interrupted_then_killed_then_run_again(store: Path, tiny_backbone: Back
 def test_schema_of_sources_is_the_readers() -> None:
     assert FakeReader(1).sources().table.select(SOURCES.names).schema.equals(SOURCES)
     assert isinstance(source_table(1), pa.Table)
+
+
+def thumbnails(store: Path) -> dict[str, Any]:
+    table = galembed.open(store).table.search().select(["source_id", "thumbnail"]).limit(1000).to_arrow()
+    return dict(zip(table["source_id"].to_pylist(), table["thumbnail"].to_pylist(), strict=True))
+
+
+def test_a_store_keeps_thumbnails_of_all_or_of_none(job: Any, store: Path) -> None:
+    job(FakeReader(20, empty=("g3",)), thumbnails=True)
+    before = thumbnails(store)
+    assert all(data is not None and data.startswith(b"\xff\xd8") for data in before.values())
+    job(FakeReader(30, empty=("g3",), changed=("g7",)))  # not asked for again
+    after = thumbnails(store)
+    assert sorted(after) == names(set(range(30)) - {3})
+    assert all(after.values())
+    assert {name for name, data in before.items() if after[name] != data} == {"g7"}
+    assert verify(store).ok
+    assert job(FakeReader(30, empty=("g3",), changed=("g7",)), thumbnails=True).planned == 0
+
+
+def test_thumbnails_stay_through_pruning_compaction_and_rollback(job: Any, store: Path) -> None:
+    job(FakeReader(20), thumbnails=True)
+    before = thumbnails(store)
+    job(FakeReader(15, changed=("g3",)), prune_withdrawn=True)
+    pruned = thumbnails(store)
+    assert pruned == {name: before[name] for name in names(range(15))} | {"g3": pruned["g3"]}
+    assert pruned["g3"] != before["g3"]
+    compact(store)
+    assert thumbnails(store) == pruned
+    rollback(store, max(version.number for version in history(store) if version.rows == 20))
+    assert thumbnails(store).keys() == before.keys()
+    assert verify(store).ok
+
+
+def test_thumbnails_cannot_be_asked_for_later(job: Any, store: Path) -> None:
+    job(FakeReader(5))
+    with pytest.raises(ArtifactMismatch, match=r"was made without thumbnails.*leave --thumbnails out"):
+        job(FakeReader(6), thumbnails=True)
+    assert "thumbnail" not in galembed.open(store).schema.names
+
+
+def test_a_catalogue_column_may_have_the_name_where_there_are_no_thumbnails(job: Any, store: Path) -> None:
+    with pytest.raises(SchemaMismatch, match=r"thumbnail.*rename"):
+        job(WithColumn(4, root="thumbnail"), thumbnails=True)
+    job(WithColumn(4, root="thumbnail"))
+    assert galembed.open(store).carried == ("mag_r", "thumbnail")
+    assert all(isinstance(value, float) for value in thumbnails(store).values())
+
+
+def test_forecast_counts_thumbnails(store: Path, tiny_backbone: Backbone) -> None:
+    without, kept = (
+        run.forecast(FakeReader(1000), store, backbone=tiny_backbone, thumbnails=asked) for asked in (False, True)
+    )
+    assert kept.disk_needed - without.disk_needed == pytest.approx(2 * 1000 * THUMBNAIL_BYTES, abs=1)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from galembed.errors import ArtifactMismatch, BadRequest, StorageError, StoreBus
 from galembed.hats import open_hats, read_properties, write
 from galembed.hats.cells import count_bins, cut_cells, runs_of
 from galembed.hats.write import export_hats
-from galembed.schemas import StoreContract
+from galembed.schemas import StoreContract, row_bytes
 from galembed.sky import healpix_index
 from galembed.store import Store, open_store
 from galembed.whole import made_whole
@@ -140,6 +141,21 @@ def test_columns_and_rows_can_be_chosen(store: Store, tmp_path: Path) -> None:
     assert sorted(few["source_id"].to_pylist()) == sorted(row["source_id"] for row in near if row["ra"] is not None)
     export_hats(store, tmp_path / "vectors", columns=[])
     assert written(tmp_path / "vectors").column_names == [*always, "vector"]
+
+
+def test_thumbnails_are_written_only_if_asked_for(tmp_path: Path) -> None:
+    contract = replace(CONTRACT, thumbnails=64)
+    kept = [None if number == 3 else b"jpeg %d" % number for number in range(50)]
+    pictured = make_store(tmp_path / "s", rows(50, thumbnail=kept), contract=contract)
+    for name, columns, expected in (("without", None, CONTRACT), ("asked", ["thumbnail", "mag_r"], contract)):
+        export_hats(pictured, tmp_path / name, columns=columns)
+        schema = pq.read_schema(tmp_path / name / "dataset" / "_common_metadata")
+        assert StoreContract.from_schema(schema) == expected
+        assert ("thumbnail" in schema.names) == (name == "asked")
+    table = written(tmp_path / "asked")
+    assert dict(zip(table["source_id"].to_pylist(), table["thumbnail"].to_pylist(), strict=True)) == dict(
+        zip(pictured.table.to_arrow()["source_id"].to_pylist(), kept, strict=True)
+    )
 
 
 def test_what_does_not_fit_the_store_is_refused_and_nothing_left(store: Store, tmp_path: Path) -> None:
@@ -376,7 +392,7 @@ def test_no_more_rows_are_in_memory_than_a_stretch_has(
 
     monkeypatch.setattr(write._Stretches, "tables", measured)
     monkeypatch.setattr(write, "_HELD_BYTES", 10_000)
-    monkeypatch.setattr(write, "_STRETCH_BYTES", 300 * write._row_bytes(store.schema))
+    monkeypatch.setattr(write, "_STRETCH_BYTES", 300 * row_bytes(store.schema))
     export_hats(store, tmp_path / "out")
     assert sum(sizes) == COUNT - NOWHERE
     assert max(sizes) <= 300

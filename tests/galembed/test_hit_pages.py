@@ -11,7 +11,7 @@ from galembed import sources
 from galembed.cli import main
 from galembed.cutouts import Cutout
 from galembed.errors import BadRequest, UnreadableInput
-from galembed.hit_pages import hits_page, jpeg, sky_links
+from galembed.hit_pages import hits_page, sky_links
 from tests.galembed.stores import make_store, rows
 
 
@@ -124,11 +124,6 @@ def test_unknown_column_is_refused(store):
 def test_report_cannot_be_written(store, tmp_path):
     with pytest.raises(BadRequest, match=r"the report cannot be written to .*No such file"):
         store.similar("legacy-3", k=2).report(tmp_path / "none" / "x.html")
-
-
-def test_floats_and_bytes_make_the_same_picture():
-    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
-    assert jpeg(image) == jpeg(image / 255)
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,18 @@ def test_stores_on_object_storage_are_compared(bucket: str, tmp_path: Path, data
     assert finish_switch(f"{bucket}/old", f"{bucket}/new") is None
 
 
+@pytest.mark.parametrize(("old", "new", "lost"), [(64, 0, True), (64, 64, False), (0, 64, False)])
+def test_pictures_that_would_be_lost_are_told(
+    tmp_path: Path, data: dict[str, Any], old: int, new: int, lost: bool
+) -> None:
+    data = data | {"thumbnail": [b"jpeg"] * COUNT}
+    make_store(tmp_path / "old", data, contract=dataclasses.replace(CONTRACT, thumbnails=old))
+    make_store(tmp_path / "new", turned(data), contract=dataclasses.replace(OTHER, thumbnails=new))
+    found = compare_stores(tmp_path / "old", tmp_path / "new")
+    assert found.pictures_lost == lost
+    assert ("- the old store keeps thumbnails and the new one none" in str(found)) == lost
+
+
 def test_stores_of_one_backbone_are_refused(tmp_path: Path, data: dict[str, Any]) -> None:
     make_store(tmp_path / "old", data)
     make_store(tmp_path / "new", data)

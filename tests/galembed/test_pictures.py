@@ -7,14 +7,15 @@ from click.testing import CliRunner
 from matplotlib.figure import Figure
 from PIL import Image
 
-from galembed import sources
+from galembed import pictures, sources
 from galembed.cli import main
 from galembed.cutouts import Cutout
 from galembed.errors import ArtifactMismatch, BadRequest, UnreadableInput
-from galembed.pictures import confusion_figure, mosaic, neighbours_figure, rgb, save_figure
+from galembed.pictures import confusion_figure, hits_figure, mosaic, neighbours_figure, rgb, save_figure
 from galembed.probes import ClassScore, ProbeReport
 from galembed.runtimes import open_runtime
 from galembed.store.images import embed_image
+from galembed.thumbnails import jpeg
 from tests.galembed.stores import CONTRACT, make_store, rows
 
 IMAGE = np.zeros((8, 8, 3), np.uint8)
@@ -211,3 +212,59 @@ def test_image_search_wants_the_stores_own_backbone(tmp_path, tiny_backbone):
     contract = dataclasses.replace(CONTRACT, backbone=str(tiny_backbone.path))
     with pytest.raises(ArtifactMismatch, match=r"made with backbone eeeeeeeeeeee, .* put the old one back"):
         embed_image(make_store(tmp_path / "s", rows(3), contract=contract), tmp_path / "x.png")
+
+
+@pytest.fixture
+def pictured(tmp_path):
+    """A store that keeps a red picture of each source but number 3."""
+    red = np.zeros((64, 64, 3), np.uint8)
+    red[..., 0] = 255
+    contract = dataclasses.replace(CONTRACT, thumbnails=64)
+    kept = [None if number == 3 else jpeg(red) for number in range(60)]
+    return make_store(tmp_path / "pictured", rows(60, seed=4, thumbnail=kept), contract=contract)
+
+
+@pytest.mark.usefixtures("pixels")
+def test_kept_pictures_come_before_the_files(pictured):
+    figure = pictured.similar("legacy-5", k=59).show()
+    images = [axis.images[0].get_array() for axis in figure.axes]
+    assert len(images) == 60  # the file of number 5 is gone, its picture is not
+    assert sum(image.shape == (64, 64, 3) and image[0, 0, 0] > 250 for image in images) == 59
+    assert sum(image.shape == (128, 128, 3) for image in images) == 1
+    ways = {image.get_array().shape[0]: image.get_interpolation() for axis in figure.axes for image in axis.images}
+    assert ways == {64: "bicubic", 128: "nearest"}
+
+
+@pytest.mark.usefixtures("pixels")
+def test_another_mapping_takes_the_files(pictured):
+    figure = hits_figure(pictured.similar("legacy-5", k=2), mapping="lupton_rgb")
+    assert figure.axes[0].texts[0].get_text() == "5.fits is gone"
+    assert figure.axes[1].images[0].get_array().shape == (128, 128, 3)
+
+
+def test_pictures_are_no_catalogue_column(pictured):
+    assert pictured.carried == ("mag_r", "redshift", "kind")
+    assert "pictures of 64 pixels" in str(pictured.status())
+    assert "thumbnail" not in pictured.similar("legacy-3", k=2).colnames
+    hits = pictured.similar("legacy-3", k=59, exclude_self=False, columns=["thumbnail"])
+    assert hits["thumbnail"].mask.sum() == 1
+    assert hits.to_arrow()["thumbnail"].null_count == 1
+
+
+def test_a_filter_may_ask_only_whether_there_is_a_picture(pictured):
+    assert list(pictured.similar("legacy-5", where="thumbnail IS NULL")["source_id"]) == ["legacy-3"]
+    with pytest.raises(BadRequest, match=r"the filter \"thumbnail = 'x'\" cannot be carried out.*'Binary'"):
+        pictured.similar("legacy-5", where="thumbnail = 'x'")
+
+
+def test_kept_pictures_need_neither_files_nor_backbone(pictured, monkeypatch, tmp_path):
+    def gone(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(sources, "recut", gone)
+    monkeypatch.setattr(pictures, "load_backbone", gone)
+    hits = pictured.similar("legacy-5", k=20, where="thumbnail IS NOT NULL")
+    hits.show(tmp_path / "hits.png", columns=["mag_r"])
+    hits.report(tmp_path / "hits.html")
+    assert (tmp_path / "hits.html").read_text().count("data:image/jpeg;base64,") == 21
+    assert len(neighbours_figure([hits]).axes) == 21

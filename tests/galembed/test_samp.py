@@ -1,3 +1,4 @@
+import dataclasses
 import socket
 import warnings
 
@@ -9,7 +10,7 @@ from click.testing import CliRunner
 from galembed import samp
 from galembed.cli import main
 from galembed.errors import BadRequest
-from tests.galembed.stores import make_store, rows
+from tests.galembed.stores import CONTRACT, make_store, rows
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", AstropyDeprecationWarning)
@@ -78,6 +79,16 @@ def test_program_gets_the_table(store, program):
     assert str(table["ra"].unit) == "deg"
     assert topcat.params[0]["name"] == "hits"
     assert not aladin.tables
+
+
+def test_pictures_stay_behind(tmp_path, program):
+    contract = dataclasses.replace(CONTRACT, thumbnails=64)
+    pictured = make_store(tmp_path / "pictured", rows(20, thumbnail=[b"jpeg"] * 20), contract=contract)
+    topcat = program("topcat")
+    hits = pictured.similar("legacy-3", k=4, columns=["thumbnail", "mag_r"])
+    hits.send("topcat")
+    assert topcat.tables[0].colnames == [name for name in hits.colnames if name != "thumbnail"]
+    assert "thumbnail" in hits.colnames
 
 
 def test_file_is_removed_once_it_is_loaded(store, program, tmp_path, monkeypatch):

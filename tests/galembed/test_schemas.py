@@ -1,9 +1,21 @@
+from dataclasses import replace
+
 import pyarrow as pa
 import pytest
 
 from galembed.errors import ArtifactMismatch, SchemaMismatch
 from galembed.questions import question_tree
-from galembed.schemas import SOURCES, StoreContract, answers_of, conform, embeddings_schema, fraction_column
+from galembed.schemas import (
+    SOURCES,
+    THUMBNAIL_BYTES,
+    StoreContract,
+    answers_of,
+    conform,
+    embeddings_schema,
+    fraction_column,
+    part_of,
+    row_bytes,
+)
 
 CONTRACT = StoreContract("e" * 64, "builtin", "flux", "fp32", {"blue": "g", "green": "r", "red": "z"}, head_id="h")
 
@@ -35,6 +47,23 @@ def test_the_contract_survives_the_schema() -> None:
     assert StoreContract.from_schema(embeddings_schema(4, contract=CONTRACT)) == CONTRACT
 
 
+def test_a_part_of_a_schema_promises_no_thumbnails_that_it_lacks() -> None:
+    kept = replace(CONTRACT, thumbnails=64)
+    schema = embeddings_schema(4, contract=kept)
+    assert part_of(schema, schema.names) == schema
+    assert StoreContract.from_schema(part_of(schema, ("ra", "thumbnail"))) == kept
+    without = part_of(schema, ("ra", "vector"))
+    assert without.names == ["ra", "vector"]
+    assert StoreContract.from_schema(without) == CONTRACT
+
+
+def test_a_rows_bytes_are_its_vectors_and_thumbnails() -> None:
+    few, many = (row_bytes(embeddings_schema(dim, contract=CONTRACT)) for dim in (8, 108))
+    assert many - few == 400
+    kept = row_bytes(embeddings_schema(8, contract=replace(CONTRACT, thumbnails=64)))
+    assert THUMBNAIL_BYTES < kept - few < THUMBNAIL_BYTES + 100
+
+
 def test_a_table_without_a_contract_is_no_store() -> None:
     with pytest.raises(ArtifactMismatch, match="not a galembed store"):
         StoreContract.from_schema(pa.schema([]))
@@ -55,18 +84,15 @@ def test_a_store_of_another_format_names_both() -> None:
         ("numeric_class", "int8"),
         ("crop", 0.3),
         ("fov", "30"),
+        ("thumbnails", 64),
     ],
 )
 def test_rows_under_another_contract_are_refused(name: str, value: object) -> None:
-    from dataclasses import replace
-
     with pytest.raises(ArtifactMismatch, match=f"made with {name}"):
         CONTRACT.require_same(replace(CONTRACT, **{name: value}))
 
 
 def test_where_the_backbone_lies_is_no_part_of_what_must_match() -> None:
-    from dataclasses import replace
-
     CONTRACT.require_same(replace(CONTRACT, backbone="/elsewhere", source="/other"))
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import astropy.units as u
@@ -10,10 +11,11 @@ from astropy.io.votable import parse
 from astropy.table import MaskedColumn, QTable, Table
 from astropy.utils.masked import Masked
 
+from galembed.errors import BadRequest
 from galembed.search import Hits, arrow_columns
 from galembed.table_files import arrow_table
 from galembed.tables import write_table
-from tests.galembed.stores import make_store, rows
+from tests.galembed.stores import CONTRACT, make_store, rows
 
 FORMATS = ("vot", "fits", "ecsv", "parquet", "csv")
 WHERE = "kind = 'Sérsic''s & co' OR " + " OR ".join(f"mag_r < {number}" for number in range(400)) + " OR a = ''''"
@@ -187,6 +189,33 @@ def test_pandas_has_nan_and_na_for_what_is_missing(hits):
     assert frame["kind"].isna().tolist() == [False, True, False]
     assert frame["similarity"].dtype == np.float32
     assert frame.attrs["units"]["mu"] == "mag / arcsec2"
+
+
+@pytest.fixture
+def pictured(tmp_path):
+    """Hits with pictures, one of them missing."""
+    kept = [None if number == 3 else bytes([255, 216, number, 0]) for number in range(20)]
+    contract = dataclasses.replace(CONTRACT, thumbnails=64)
+    store = make_store(tmp_path / "pictured", rows(20, thumbnail=kept), contract=contract)
+    return store.similar("legacy-0", k=19, columns=["thumbnail", "mag_r"])
+
+
+def test_parquet_keeps_bytes(pictured, tmp_path):
+    pictured.write(tmp_path / "hits.parquet")
+    found = Hits.read(tmp_path / "hits.parquet")
+    assert list(found["thumbnail"].mask) == list(pictured["thumbnail"].mask)
+    assert list(found["thumbnail"].filled(b"")) == list(pictured["thumbnail"].filled(b""))
+    assert sum(found["thumbnail"].mask) == 1
+    assert pictured.to_pandas()["thumbnail"].isna().sum() == 1
+
+
+@pytest.mark.parametrize("suffix", ["fits", "vot", "ecsv", "csv"])
+def test_bytes_are_refused_where_a_format_has_no_place_for_them(pictured, tmp_path, suffix):
+    with pytest.raises(BadRequest, match=r"column 'thumbnail' holds bytes.*write hits.parquet, or remove the column"):
+        pictured.write(tmp_path / f"hits.{suffix}")
+    assert not (tmp_path / f"hits.{suffix}").exists()
+    pictured.remove_column("thumbnail")
+    pictured.write(tmp_path / f"hits.{suffix}")
 
 
 def test_bytes_become_text_in_arrow():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from click.testing import CliRunner
 
 from galembed.cli import main
 from galembed.errors import ArtifactMismatch, ArtifactNotFound, BadRequest, SchemaMismatch, UnreadableInput
+from galembed.hats.write import export_hats
 from galembed.maps import make_map
 from galembed.novelty import novel
 from galembed.published import exporting, importing
@@ -28,7 +30,7 @@ from galembed.sky import healpix_index
 from galembed.store import Store, open_store
 from galembed.store.checks import verify
 from galembed.store.index import build_index
-from tests.galembed.stores import make_store, rows
+from tests.galembed.stores import CONTRACT, make_store, rows
 
 DIM = 12
 
@@ -380,6 +382,30 @@ def test_what_is_exported_is_read_back_equal(
     assert again.contract == embedded.contract
     assert again.columns == embedded.columns
     assert verify(again.path).ok
+
+
+def test_thumbnails_are_exported_and_read_back_or_left_out_with_their_contract(tmp_path: Path) -> None:
+    contract = dataclasses.replace(CONTRACT, thumbnails=64)
+    kept = [None if number == 3 else b"jpeg %d" % number for number in range(50)]
+    store = make_store(tmp_path / "s", rows(50, thumbnail=kept), contract=contract)
+    for name, columns in (("all", None), ("asked", ["thumbnail"]), ("without", ["mag_r"])):
+        export_published(store, tmp_path / name, columns=columns)
+        import_published(tmp_path / f"{name}.lance", [tmp_path / name])
+    for name in ("all", "asked"):
+        assert open_store(tmp_path / f"{name}.lance").contract == contract
+        assert [row["thumbnail"] for row in stored(tmp_path / f"{name}.lance").values()] == kept
+    assert open_store(tmp_path / "without.lance").contract == CONTRACT
+    assert "thumbnail" not in open_store(tmp_path / "without.lance").schema.names
+
+
+def test_a_foreign_column_of_that_name_is_a_column_like_others(tmp_path: Path) -> None:
+    addresses = [f"https://galaxy/{number}.jpg" for number in range(40)]
+    import_published(tmp_path / "s", [aion(tmp_path / "a.parquet", thumbnail=addresses)])
+    store = open_store(tmp_path / "s")
+    assert "thumbnail" in store.carried
+    assert sorted(row["thumbnail"] for row in stored(store.path).values()) == sorted(addresses)
+    export_hats(store, tmp_path / "hats")
+    assert "thumbnail" in pq.read_schema(tmp_path / "hats" / "dataset" / "_common_metadata").names
 
 
 def test_an_imported_store_is_read_back_equal(tmp_path: Path) -> None:
