@@ -11,7 +11,7 @@ CPU time and memory can be told apart; memory is shared pages counted in part (P
 
 CPU time is user and system time of all the roles. The cost of one more thousand sources is what a size took more than
 the one before, over the difference of their numbers. The job is then run again with nothing left to do. Last, a list of
---plan sources is planned in a fresh process, for a new store and for one that has them all, without reading any file.
+--plan sources is planned without reading any file, in a fresh process each for a new store and for one that has all.
 --flat PERCENT makes it a check: from the last but one size to the last, CPU time a thousand and the memory of each role
 but the client's, which holds the list, may not grow by more.
 """
@@ -144,7 +144,7 @@ def measure(work: Path, size: int) -> dict[str, Any]:
     return found
 
 
-def plan(size: int) -> dict[str, Any]:
+def plan(size: int, *, done: bool) -> dict[str, Any]:
     """Plan so many sources over 4,000 tiles, in this process: for a new store, then for one that has them all."""
     from catalogue_jobs.plan import in_order, outstanding, partitions
     from galembed.schemas import FAILURES, SOURCES
@@ -176,27 +176,25 @@ def plan(size: int) -> dict[str, Any]:
     rejected = pa.table({name: pa.array([], SOURCES.field(name).type) for name in SOURCES.names})
     for name in ("stage", "reason", "message"):
         rejected = rejected.append_column(name, pa.array([], pa.string()))
+    stored = None
+    if done:  # in another order, as rows come from a store
+        keys = listed.select(["survey", "source_id", "source_version"]).take(pa.array(rng.permutation(size)))
+        failed = FAILURES.empty_table().select(["survey", "source_id", "source_version", "stage"])
+        stored = StoreKeys(keys, failed)
+    del columns, numbers, tile
     before, start, used = resident(), time.perf_counter(), time.process_time()
-    todo = outstanding(SourceList(listed, rejected), None)
+    todo = outstanding(SourceList(listed, rejected), stored)
     parts = partitions(todo.table)
-    moved, _ = in_order(todo.table, parts)
-    new, new_cpu, peak = time.perf_counter() - start, time.process_time() - used, resident()
-    stored = moved.select(["survey", "source_id", "source_version"]).append_column("partition", moved["source_uri"])
-    failed = FAILURES.empty_table().select(["survey", "source_id", "source_version", "partition", "stage"])
-    count, start, used = len(parts), time.perf_counter(), time.process_time()
-    done = outstanding(SourceList(listed, rejected), StoreKeys(stored, failed))
-    if len(done.table):
-        raise SystemExit(f"{len(done.table)} sources that are done are planned again")
+    in_order(todo.table, parts)
+    if done and parts:
+        raise SystemExit(f"{len(todo.table)} sources that are done are planned again")
     return {
         "sources": size,
-        "partitions": count,
-        "list_mib": before,
-        "new_seconds": new,
-        "new_cpu": new_cpu,
-        "new_mib": peak,
-        "done_seconds": time.perf_counter() - start,
-        "done_mib": resident(),
-        "done_cpu": time.process_time() - used,
+        "partitions": len(parts),
+        "before_mib": before,
+        "seconds": time.perf_counter() - start,
+        "cpu": time.process_time() - used,
+        "mib": resident(),
     }
 
 
@@ -227,7 +225,7 @@ def growths(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
     return found | {f"memory of the {role}": last["pss"][role] / before["pss"][role] - 1 for role in ROLES}
 
 
-def report(runs: Sequence[dict[str, Any]], planned: dict[str, Any] | None) -> str:
+def report(runs: Sequence[dict[str, Any]], planned: Sequence[dict[str, Any]]) -> str:
     more = marginal(runs)
     cost = [
         (
@@ -271,12 +269,12 @@ def report(runs: Sequence[dict[str, Any]], planned: dict[str, Any] | None) -> st
         ),
     ]  # fmt: skip
     if planned:
+        new, again = planned
         lines.append(
-            f"Planning {planned['sources']:,} sources, {planned['partitions']:,} partitions: "
-            f"{planned['new_seconds']:.1f} s for a new store ({planned['new_cpu']:.1f} s of CPU time), "
-            f"{planned['done_seconds']:.1f} s ({planned['done_cpu']:.1f}) to find that one has all of them; the "
-            f"list takes {planned['list_mib']:,.0f} MiB, with its plan at most {planned['new_mib']:,.0f} MiB, and "
-            f"{planned['done_mib']:,.0f} MiB with the keys of the store beside it."
+            f"Planning {new['sources']:,} sources, {new['partitions']:,} partitions: {new['seconds']:.1f} s for a new "
+            f"store ({new['cpu']:.1f} s of CPU time), {again['seconds']:.1f} s ({again['cpu']:.1f}) to find that one "
+            f"has all of them. The list took up to {new['before_mib']:,.0f} MiB to make, with its plan "
+            f"{new['mib']:,.0f} MiB; with the keys of the store {again['before_mib']:,.0f} and {again['mib']:,.0f} MiB."
         )
     where = f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}"
     lines.append(f"{where}, pylance {lance.__version__}.")
@@ -290,17 +288,17 @@ def main() -> None:
     parser.add_argument("--plan", type=int, default=10_000_000, help="sources to plan; 0 for none")
     parser.add_argument("--flat", type=float, metavar="PERCENT", help="fail if costs grow by more")
     parser.add_argument("--out", type=Path, help="file to write the Markdown to")
-    parser.add_argument("--worker", choices=("plan",), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=("new", "done"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        print(json.dumps(plan(options.plan)))
+        print(json.dumps(plan(options.plan, done=options.worker == "done")))
         return
     options.work = options.work.resolve()
-    planned = None
-    if options.plan:
-        words = [sys.executable, HERE, "--worker", "plan", "--plan", options.plan, "--work", options.work]
+    planned = []
+    for worker in ("new", "done") if options.plan else ():
+        words = [sys.executable, HERE, "--worker", worker, "--plan", options.plan, "--work", options.work]
         done = subprocess.run([*map(str, words)], stdout=subprocess.PIPE, text=True, check=True, env=environment())
-        planned = json.loads(done.stdout.splitlines()[-1])
+        planned.append(json.loads(done.stdout.splitlines()[-1]))
         print(done.stdout, file=sys.stderr, flush=True)
     options.work.mkdir(parents=True, exist_ok=True)
     make_material(options.work)

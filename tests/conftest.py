@@ -11,10 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from galembed.backbones import Backbone, FieldOfView, InputContract, save_backbone
 from galembed.mappings import LEGACY_DR2
 from galembed.questions import question_tree
+
+settings.register_profile("shared-machine")
+settings.load_profile("shared-machine")
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -28,7 +28,7 @@ class StoreKeys:
     Attributes
     ----------
     embedded : pa.Table
-        `survey`, `source_id`, `source_version`, `partition`.
+        `survey`, `source_id`, `source_version`.
     failed : pa.Table
         The same and `stage`; failures of sources that are embedded are left out.
     """
@@ -52,7 +52,7 @@ def open_table(store: str | Path, table: str) -> Any:
 @at_storage
 def keys(store: str | Path) -> StoreKeys:
     """Return the keys of all settled sources; only those columns are read."""
-    columns = [*KEY, "source_version", "partition"]
+    columns = [*KEY, "source_version"]
     embedded = open_table(store, EMBEDDINGS_TABLE).to_table(columns=columns)
     if not is_folder(store, f"{FAILURES_TABLE}.lance"):
         return StoreKeys(embedded, FAILURES.empty_table().select([*columns, "stage"]))

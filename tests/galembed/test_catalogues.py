@@ -469,7 +469,7 @@ def test_a_dot_in_a_column_name_becomes_an_underscore(tmp_path: Path) -> None:
 # Wild input.
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs", "Cn", "Co")), max_size=12)
-WILD = settings(max_examples=60, deadline=None)
+WILD = settings(max_examples=60)
 
 
 @WILD

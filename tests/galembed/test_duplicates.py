@@ -239,7 +239,7 @@ def test_what_does_not_fit_is_refused(store, asked, message):
 CENTRES = st.sampled_from([(0.0, 0.0), (359.9999, 0.0), (0.0, 90.0), (180.0, -90.0), (123.0, 89.9999), (250.0, -60.0)])
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     CENTRES, arrays(float, (12, 2), elements=st.floats(-3, 3)), st.sampled_from([0.01, 0.5, 2.0]), st.integers(2, 20)
 )

@@ -106,7 +106,7 @@ def limits(tmp_path_factory):
     return lancedb.connect(tmp_path_factory.mktemp("limits")).create_table("t", table)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(pieces=st.lists(st.sampled_from(PIECES), min_size=1, max_size=6))
 @example(pieces=["mag_r", "<", "19", "limit", "1"])
 @example(pieces=["mag_r", "<", "19", ";", "mag_r"])
@@ -129,7 +129,7 @@ def test_what_passes_is_one_expression_of_the_row(limits, pieces):
     assert sorted(passing) == sorted(again)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=5), max_size=4))
 def test_any_text_goes_into_a_filter(texts):
     where = any_of("survey", texts) if texts else "survey IS NULL"

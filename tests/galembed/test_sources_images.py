@@ -224,7 +224,7 @@ def test_a_png_with_one_changed_byte_is_refused_or_whole() -> None:
             np.testing.assert_array_equal(read_picture(bytes(damaged), crop=1.0, size=48), expected)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     kind=st.sampled_from(["PNG", "JPEG"]),
     changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4),

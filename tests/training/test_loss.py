@@ -71,7 +71,7 @@ def test_whole_counts_agree_with_scipy(dtype: torch.dtype, tolerance: float) -> 
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE.items())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_any_counts_and_concentrations_agree_with_fifty_digits(
     dtype: torch.dtype, tolerance: float, data: st.DataObject

@@ -101,7 +101,7 @@ def test_a_survey_of_one_tile_is_split_by_smaller_cells() -> None:
     assert all(len(set(ranks[cells == cell])) == 1 for cell in set(cells))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(count=st.integers(0, 12), seed=st.integers(0, 99), test=st.sampled_from([0.0, 0.2]))
 def test_few_rows_still_have_a_validation_part_in_any_order(count: int, seed: int, test: float) -> None:
     ids = [f"{seed}-{number}" for number in range(count)]
@@ -139,7 +139,7 @@ def test_linked_rows_go_to_the_side_that_is_held_out_most_unless_theirs_was_give
     assert split.together(np.empty((0, 2), np.int64)).names.tolist() == split.names.tolist()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     ranks=st.lists(st.integers(0, 2), min_size=1, max_size=12),
     links=st.lists(st.tuples(st.integers(0, 11), st.integers(0, 11)), max_size=12),

@@ -337,7 +337,7 @@ def test_real_fractions_with_the_number_of_volunteers_are_read(shared_data: Path
     np.testing.assert_allclose(votes[0, tree.slices["has-spiral-arms"]], [6.156, 4.104], rtol=1e-5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(fractions=arrays(np.float64, (5, 30), elements=st.floats(0, 1)), volunteers=st.integers(0, 80))
 def test_no_question_gets_more_votes_than_the_answers_before_it(
     tmp_path_factory: pytest.TempPathFactory, fractions: np.ndarray, volunteers: int
