@@ -17,7 +17,7 @@ from galembed.backbones import Backbone, FieldOfView, InputContract, save_backbo
 from galembed.mappings import LEGACY_DR2
 from galembed.questions import question_tree
 
-settings.register_profile("shared-machine")
+settings.register_profile("shared-machine", deadline=None)
 settings.load_profile("shared-machine")
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

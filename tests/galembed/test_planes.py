@@ -291,7 +291,7 @@ def read_all(folder: Path) -> list[Cutout | GalembedError]:
     return [result for _, result in reader.cutouts(reader.sources().table, contract)]
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     shape=st.tuples(st.integers(20, 40), st.integers(20, 40)),
     pixel=st.floats(0.1, 0.6),

@@ -28,7 +28,7 @@ from tests.galembed.stores import make_store, rows
 COUNT = 4000
 Angles = NDArray[np.float64]
 
-SLOW = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SLOW = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def crowded() -> dict[str, Any]:

@@ -300,7 +300,7 @@ def sky(tmp_path_factory):
     return data, make_store(tmp_path_factory.mktemp("sky") / "s", data)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     ra=st.one_of(st.floats(-2, 2), st.floats(0, 360)),
     dec=st.one_of(st.floats(-90, -88), st.floats(88, 90), st.floats(-1.5, 1.5)),
@@ -335,7 +335,7 @@ def test_impossible_cone_is_refused(store, cone):
         store.similar("legacy-7", cone=cone)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     ra=st.one_of(st.floats(-2, 2), st.floats(0, 360)),
     width=st.one_of(st.floats(0, 3), st.floats(0, 360)),
