@@ -132,7 +132,7 @@ def _cutouts(
     order = [at for at in order if names[at] not in (taken or ())]
     size = backbone.contract.size
     dtype = np.float32 if reader.kind == "flux" else np.uint8
-    pixels = np.lib.format.open_memmap(file, "w+", dtype, (max(min(count, len(order)), 1), 3, size, size))
+    pixels = _on_disk(file, dtype, (max(min(count, len(order)), 1), 3, size, size))
     keys: set[str] = set()
     with progress(f"cutouts of {Path(reader.root).name}", min(count, len(order)), quiet=quiet) as advance:
         while order and len(keys) < count:
@@ -191,6 +191,13 @@ def _digest(image: NDArray[Any]) -> bytes:
 def _joined(samples: NDArray[Any] | None, cut: NDArray[Any], file: Path) -> NDArray[Any]:
     if samples is None:
         return cut
-    both = np.lib.format.open_memmap(file, "w+", cut.dtype, (len(samples) + len(cut), *cut.shape[1:]))
+    both = _on_disk(file, cut.dtype, (len(samples) + len(cut), *cut.shape[1:]))
     both[: len(samples)], both[len(samples) :] = samples, cut
     return both
+
+
+def _on_disk(file: Path, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
+    """Return zeros in a file that has no name any more: a process that is killed leaves nothing behind."""
+    array = np.lib.format.open_memmap(file, "w+", dtype, shape)
+    file.unlink()
+    return array
