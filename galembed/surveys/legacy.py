@@ -111,6 +111,11 @@ def _cutout_planes(files: OpenFiles, bands: Sequence[str] | None) -> Mapping[str
             planes[band] = (*planes.get(band, ()), plane)
     if not planes:
         raise MissingBand(f"{path}: no image with band keywords (BANDS, BAND0... or BAND); {contents(file)}")
+    if not any(name in hdu.header for hdu in file for name in ("IMAGETYP", "SURVEY", "CTYPE1")):
+        raise UnreadableInput(
+            f"{path}: no header tells what it is (IMAGETYP, SURVEY) or where on the sky (CTYPE1), as in the viewer's "
+            "images of the PSF; take it out of the folder, or describe the files (--survey) if it shows a galaxy"
+        )
     return planes
 
 

@@ -311,11 +311,14 @@ def test_what_two_releases_observed_of_one_galaxy_agrees(shared_data: Path, tmp_
 
 
 def test_a_point_spread_function_beside_its_image_is_a_failure_of_its_own(shared_data: Path, tmp_path: Path) -> None:
-    reader = open_source(alone(tmp_path, *(shared_data / "fits" / "decals_dr9_multiext_invvar").iterdir()))
-    rows = reader.sources().table
-    results = {rows["source_id"][number].as_py(): result for number, result in reader.cutouts(rows, native(64))}
-    assert isinstance(results["cutout_59.1067_-30.4848"], Cutout)
-    assert isinstance(results["copsf_59.1067_-30.4848"], MissingBand)
+    folder = alone(tmp_path, *(shared_data / "fits" / "decals_dr9_multiext_invvar").iterdir())
+    for bands in (None, "r"):
+        reader = open_source(folder, bands=bands)
+        rows = reader.sources().table
+        results = {rows["source_id"][number].as_py(): result for number, result in reader.cutouts(rows, native(64))}
+        assert isinstance(results["cutout_59.1067_-30.4848"], Cutout)
+        assert isinstance(results["copsf_59.1067_-30.4848"], UnreadableInput)
+        assert "images of the PSF" in str(results["copsf_59.1067_-30.4848"])
 
 
 def test_sdss_bands_come_from_the_names_and_a_spiral_is_as_bright_as_spirals_are(
