@@ -87,7 +87,7 @@ def build_index(store: Store, kind: str = "auto", *, recall: float = 0.95, colum
     store : Store
     kind : str
         ``exact``: none on the vectors, and an existing one is dropped. ``rq``: IVF_RQ. ``hnsw``: IVF_HNSW_SQ, a
-        graph, which takes ten times as long to build and twice the memory. ``auto``: exact below 64 million numbers
+        graph, which takes many times as long to build, and more memory. ``auto``: exact below 64 million numbers
         (100,000 rows of 640), then rq.
     recall : float
         In (0, 1].
