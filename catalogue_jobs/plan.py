@@ -32,6 +32,9 @@ _TREE_BITS: Final = 62
 
 _SHARED_CELL: Final = -1
 
+_HASHED: Final = 2_500_000
+"""Keys in a table of hashes at once; it takes some 70 bytes each."""
+
 _ROW_OF_A_TABLE: Final = r"#(?P<row>\d+)$"
 _ROW_SHIFT: Final = 30
 """Row numbers fill the upper bits of the tree, since it is cut from the top."""
@@ -121,7 +124,7 @@ def outstanding(
     embedded_key, failed_key = joined_key(stored.embedded), joined_key(stored.failed)
     # What the list rejected once and accepts now was never tried.
     never = pc.equal(stored.failed["stage"], "list").combine_chunks()
-    at, tried = pc.index_in(key, value_set=embedded_key), pc.index_in(key, value_set=failed_key)
+    at, tried = _index_in(key, embedded_key), _index_in(key, failed_key)
     tried = pc.if_else(pc.fill_null(never.take(tried), False), pa.scalar(None, tried.type), tried)
     embedded = at.is_valid()
     failed = pc.and_not(tried.is_valid(), embedded)
@@ -133,7 +136,7 @@ def outstanding(
     embedded = pc.and_not(embedded, changed)
     failed = pc.and_not(failed, again)
     rejected_key = joined_key(rejected)
-    known = [pc.is_in(rejected_key, value_set=each) for each in (embedded_key, failed_key)]
+    known = [_index_in(rejected_key, each).is_valid() for each in (embedded_key, failed_key)]
     return Outstanding(
         table=table.filter(pc.invert(pc.or_(embedded, failed))),
         listed=len(table),
@@ -312,6 +315,15 @@ def _failures_of_list(rejected: pa.Table) -> pa.Table:
     return conform(rejected, FAILURES)
 
 
+def _index_in(values: pa.Array, among: pa.Array) -> pa.Array:
+    """Return where each value is first found, null where it is not: a part after the other, whose hashes are held."""
+    found = pc.index_in(values, value_set=among.slice(0, _HASHED))
+    for start in range(_HASHED, len(among), _HASHED):
+        part = pc.index_in(values, value_set=among.slice(start, _HASHED))
+        found = pc.coalesce(found, pc.add(part, pa.scalar(start, part.type)))
+    return found
+
+
 def _other_version(table: pa.Table, stored: pa.Table, at: pa.Array) -> pa.Array:
     """Return which rows have another version in the store, where `at` finds them; false where either is unknown."""
     then = stored["source_version"].combine_chunks().take(at)
@@ -321,7 +333,7 @@ def _other_version(table: pa.Table, stored: pa.Table, at: pa.Array) -> pa.Array:
 def _withdrawn(stored: pa.Table, stored_key: pa.Array, key: pa.Array, table: pa.Table, rejected: pa.Table) -> pa.Table:
     """Return the keys of the store that are of one of the list's surveys, and not in the list."""
     ours = pc.is_in(stored["survey"], value_set=pc.unique(table["survey"])).combine_chunks()
-    listed = pc.or_(pc.is_in(stored_key, value_set=key), pc.is_in(stored_key, value_set=joined_key(rejected)))
+    listed = pc.or_(*(_index_in(stored_key, each).is_valid() for each in (key, joined_key(rejected))))
     return stored.select(list(KEY)).filter(pc.and_not(ours, listed))
 
 

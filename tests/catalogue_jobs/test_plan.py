@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
+from catalogue_jobs import plan
 from catalogue_jobs.plan import halves, in_order, outstanding, partitions, rows_of
 from galembed.errors import SchemaMismatch
 from galembed.schemas import SOURCES
@@ -29,11 +30,8 @@ def names(table: pa.Table, limit: int = 256) -> set[str]:
 
 def stored(embedded: pa.Table, failed: pa.Table, stage: str = "cut") -> StoreKeys:
     columns = ["survey", "source_id", "source_version"]
-    failed = failed.select(columns)
-    for name, value in (("partition", "p"), ("stage", stage)):
-        failed = failed.append_column(name, pa.array([value] * len(failed), pa.string()))
-    embedded = embedded.select(columns).append_column("partition", pa.array(["p"] * len(embedded), pa.string()))
-    return StoreKeys(embedded, failed)
+    failed = failed.select(columns).append_column("stage", pa.array([stage] * len(failed), pa.string()))
+    return StoreKeys(embedded.select(columns), failed)
 
 
 def listed(table: pa.Table) -> SourceList:
@@ -135,6 +133,14 @@ def test_the_anti_join_leaves_what_is_in_neither_table() -> None:
 def older(table: pa.Table) -> pa.Table:
     versions = pa.array(["v0", "v1", None, "v1"])
     return table.set_column(table.column_names.index("source_version"), SOURCES.field("source_version"), versions)
+
+
+@pytest.mark.parametrize("hashed", [1, 2, 3, 100])
+def test_keys_are_found_first_where_they_are_first(monkeypatch: pytest.MonkeyPatch, hashed: int) -> None:
+    monkeypatch.setattr(plan, "_HASHED", hashed)
+    values, among = pa.array(["a", "b", "c", "d", "e"]), pa.array(["c", "a", "c", "x", "e", "a", "y"])
+    assert plan._index_in(values, among).to_pylist() == [1, None, 0, None, 4]
+    assert plan._index_in(values, among.slice(0, 0)).null_count == 5
 
 
 def test_a_source_with_a_new_file_is_planned_again() -> None:
