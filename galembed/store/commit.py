@@ -161,8 +161,16 @@ def require_same_columns(existing: pa.Schema, schema: pa.Schema) -> None:
 
 
 @at_storage
-def write_fragments(store: str | Path, table: pa.Table) -> list[str]:
+def write_fragments(store: str | Path, table: pa.Table, opened: Any = None) -> list[str]:
     """Write rows of `embeddings` as data files that no reader sees yet; any process may do so at any time.
+
+    Parameters
+    ----------
+    store : str or Path
+    table : pa.Table
+    opened : lance.LanceDataset, optional
+        The store's `embeddings` in any version. Without it the newest is opened, which takes the longer the more
+        fragments it has.
 
     Returns
     -------
@@ -171,9 +179,8 @@ def write_fragments(store: str | Path, table: pa.Table) -> list[str]:
     """
     if not table.num_rows:
         return []
-    fragments = lance_write_fragments(
-        table, table_uri(store, EMBEDDINGS_TABLE), mode="append", storage_options=storage_options(store)
-    )
+    place = table_uri(store, EMBEDDINGS_TABLE) if opened is None else opened
+    fragments = lance_write_fragments(table, place, mode="append", storage_options=storage_options(store))
     return [json.dumps(fragment.to_json()) for fragment in fragments]
 
 
