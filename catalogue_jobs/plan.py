@@ -114,8 +114,8 @@ def outstanding(
     table = sources.table
     conform(table, SOURCES)
     key = joined_key(table)
-    if len(key) != pc.count_distinct(key).as_py():
-        raise SchemaMismatch(f"the source list names {len(key) - pc.count_distinct(key).as_py()} source(s) twice")
+    if again := int(np.count_nonzero(_index_in(key, key).to_numpy() != np.arange(len(key)))):
+        raise SchemaMismatch(f"the source list names {again} source(s) twice")
     rejected = _failures_of_list(sources.rejected)
     rejected = rejected.filter(pc.invert(pc.is_in(joined_key(rejected), value_set=key)))
     none = table.select(list(KEY)).slice(0, 0)
@@ -129,12 +129,12 @@ def outstanding(
     embedded = at.is_valid()
     failed = pc.and_not(tried.is_valid(), embedded)
     changed = _other_version(table, stored.embedded, at)
-    again = pc.and_(failed, pc.or_(_other_version(table, stored.failed, tried), pa.scalar(retry_failed)))
+    retried = pc.and_(failed, pc.or_(_other_version(table, stored.failed, tried), pa.scalar(retry_failed)))
     outdated = _count(changed) if keep_changed else 0
     if keep_changed:
         changed = pc.and_(changed, pa.scalar(False))
     embedded = pc.and_not(embedded, changed)
-    failed = pc.and_not(failed, again)
+    failed = pc.and_not(failed, retried)
     rejected_key = joined_key(rejected)
     known = [_index_in(rejected_key, each).is_valid() for each in (embedded_key, failed_key)]
     return Outstanding(
