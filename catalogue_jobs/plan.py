@@ -117,7 +117,7 @@ def outstanding(
     if again := int(np.count_nonzero(_index_in(key, key).to_numpy() != np.arange(len(key)))):
         raise SchemaMismatch(f"the source list names {again} source(s) twice")
     rejected = _failures_of_list(sources.rejected)
-    rejected = rejected.filter(pc.invert(pc.is_in(joined_key(rejected), value_set=key)))
+    rejected = rejected.filter(_index_in(joined_key(rejected), key).is_null())
     none = table.select(list(KEY)).slice(0, 0)
     if stored is None:
         return Outstanding(table, len(table), 0, 0, none, 0, none, rejected)
@@ -317,6 +317,8 @@ def _failures_of_list(rejected: pa.Table) -> pa.Table:
 
 def _index_in(values: pa.Array, among: pa.Array) -> pa.Array:
     """Return where each value is first found, null where it is not: a part after the other, whose hashes are held."""
+    if not len(values):  # as rejected and failed sources often are; the hashes would be made all the same
+        return pa.nulls(0, pa.int32())
     found = pc.index_in(values, value_set=among.slice(0, _HASHED))
     for start in range(_HASHED, len(among), _HASHED):
         part = pc.index_in(values, value_set=among.slice(start, _HASHED))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from galembed.errors import BadRequest
 from galembed.store import Store
 from galembed.store.keys import open_table
-from galembed.store.nearest import IndexSearch, indexed_rows, matrix, nearest_rows
+from galembed.store.nearest import MEASURED, IndexSearch, indexed_rows, matrix, nearest_rows
 from galembed.store.places import EMBEDDINGS_TABLE, SEARCH_FILE, join, write_json
 
 EXACT_BELOW: Final = 64_000_000
@@ -27,9 +27,9 @@ FOLD_BELOW: Final = 0.2
 INDEX_KINDS: Final = ("auto", "exact", "hnsw", "rq")
 
 _LANCE_KINDS: Final = {"hnsw": "IvfHnswSq", "rq": "IvfRq"}
-_RQ_ROWS = 4096
-_RQ_PARTITIONS = 256  # of ten million rows: building takes rows times partitions, and reading larger ones costs little
-_K = 10
+_RQ_ROWS = 4096  # of a partition, at least
+_RQ_PARTITIONS = 256  # building takes rows times partitions, and reading larger ones costs little
+_K = MEASURED - 1
 _QUERIES = 200
 _TIE = 1e-6  # of a cosine distance in float32
 
@@ -165,7 +165,7 @@ def _build_scalar_index(store: Store, column: str) -> None:
 
     try:
         store.table.create_index(column, config=BTree(), replace=True)
-    except (ValueError, RuntimeError, OSError) as error:
+    except ValueError as error:
         reason = str(error).splitlines()[0]
         raise BadRequest(f"column {column} cannot be indexed: {reason}; name columns of numbers or text") from error
 
@@ -248,7 +248,7 @@ def _tuned(store: Store, kind: str, recall: float) -> IndexSearch:
 def _questions(
     store: Store, rows: NDArray[np.uint64], vectors: NDArray[np.float32], condition: str | None
 ) -> _Questions:
-    found, distance = nearest_rows(store.dataset, vectors, _K + 1, condition)
+    found, distance = nearest_rows(store.dataset, vectors, MEASURED, condition)
     others = np.sort(np.where(found == rows[:, None], np.inf, distance), axis=1)[:, :_K]
     there = np.isfinite(others).sum(axis=1)
     reach = np.where(there, others[np.arange(len(others)), np.maximum(there, 1) - 1], -np.inf)
@@ -261,7 +261,7 @@ def _found(store: Store, questions: _Questions, way: IndexSearch) -> float:
     if not questions.there.any():
         return 1.0
     condition, share = questions.condition, questions.share
-    rows, distance = indexed_rows(store.dataset, store.table, questions.vectors, _K + 1, condition, way, share)
+    rows, distance = indexed_rows(store.dataset, store.table, questions.vectors, MEASURED, condition, way, share)
     near = (distance <= questions.reach[:, None] + _TIE) & (rows != questions.rows[:, None])
     counts = np.minimum(near.sum(axis=1), questions.there)
     return float(counts.sum() / questions.there.sum())

@@ -11,6 +11,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+MEASURED: Final = 11
+"""Hits that searches are tuned for: ten, and the stored vector itself that is asked about."""
+
 _BATCH: Final = 4096
 _FEW: Final = 256  # rows named one by one in a filter
 _QUERIES: Final = 256  # in one call of Lance's batch search
@@ -59,14 +62,14 @@ class IndexSearch:
     def probes(self, count: int, share: float = 1.0) -> int:
         """Return the partitions to look into for so many hits among a share of the rows.
 
-        As many for each eleven as were found to do for eleven, ten and the query itself; the nearest among a tenth
-        of the rows are spread as ten times as many among all.
+        As many for each `MEASURED` as were found to do for so many; the nearest among a tenth of the rows are spread
+        as ten times as many among all.
         """
-        return math.ceil(self.nprobes * max(1.0, count / (11 * max(share, 1e-6))))
+        return math.ceil(self.nprobes * max(1.0, count / (MEASURED * max(share, 1e-6))))
 
     def candidates(self, count: int) -> int:
-        """Return how many rows to compare exactly for so many hits; no fewer than for the eleven that were measured."""
-        return self.refine * max(count, 11)
+        """Return how many rows to compare exactly for so many hits; no fewer than for `MEASURED`."""
+        return self.refine * max(count, MEASURED)
 
     @property
     def met(self) -> bool:
