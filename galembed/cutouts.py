@@ -150,11 +150,13 @@ _Weigh = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 def _mean(window: NDArray[np.float32], weigh: _Weigh, *, complete: bool) -> NDArray[np.float32]:
     """Return the weighted mean over pixels with data; `complete` says that the frame cuts no weight off."""
-    if not complete:
-        return _mean_of_valid(window, weigh)
-    with np.errstate(invalid="ignore", over="ignore"):
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         out = weigh(window)
-    holed = ~np.isfinite(out).all(axis=(-2, -1))
+        holed = ~np.isfinite(out).all(axis=(-2, -1))
+        if not complete:  # the frame cuts the same off every plane
+            share = weigh(np.ones((1, *window.shape[-2:]), np.float32))[0]
+            share[share <= 0.5] = np.nan
+            out /= share
     if holed.any():
         out[holed] = _mean_of_valid(window[holed], weigh)
     return out
