@@ -13,7 +13,7 @@ with the same random weights (seed 0), on the processor:
 - Zoobot: `predict_on_catalog.predict` with two lines of repair, from JPEG to CSV, with its defaults and with a batch of
   32 and two workers;
 - the script: a torch DataLoader with two workers over the same cubes, batches of 64, to a .npy file;
-- the engine alone, on arrays in memory: the ceiling.
+- the engine alone, on arrays in memory, in as many processes as cores and in ours' batches: the ceiling.
 
 Each run is a fresh process; the methods take turns, and ratios are taken within a round. Whole: images over the time
 from the start of the process to its end. Steady: between the first and the last result, without the images of the
@@ -163,7 +163,7 @@ def methods(options: argparse.Namespace) -> list[Method]:
         ]
     found.append(Method("the script", (options.script_python, RIVALS / "loader_script.py", *common)))
     for precision in precisions:
-        words = ("--work", options.work, "--precision", precision, "--images", max(96, options.images // 4))
+        words = ("--work", options.work, "--precision", precision)
         found.append(Method(CEILING.format(spoken[precision]), (sys.executable, RIVALS / "engine_alone.py", *words)))
     return found
 

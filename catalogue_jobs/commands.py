@@ -34,10 +34,8 @@ from galembed.runtimes import RUNTIMES
 )
 @click.option(
     "--batch",
-    default="32",
     metavar="N|auto",
-    show_default=True,
-    help="Images per call of the engine; auto measures which is fastest, once.",
+    help="Images per call of the engine; auto measures which is fastest, once.  [default: the engine's]",
 )
 @click.option("--carry", multiple=True, metavar="COLUMN", help="Catalogue column to keep in the store; repeatable.")
 @click.option("--thumbnails", is_flag=True, help="Have a new store keep a small picture of each source.")
@@ -61,7 +59,7 @@ def embed(
     scheduler: str | None,
     workers: int | None,
     threads: int | None,
-    batch: str,
+    batch: str | None,
     crop: float | None,
     survey: str | None,
     bands: tuple[str, ...],
@@ -108,7 +106,7 @@ def embed(
         "precision": precision,
         "workers": workers,
         "threads": threads,
-        "batch": parse_batch(batch, "--batch"),
+        "batch": None if batch is None else parse_batch(batch, "--batch"),
         "retry_failed": retry_failed,
         "keep_changed": keep_changed,
         "thumbnails": thumbnails,

@@ -22,8 +22,6 @@ from galembed.sky import healpix_index
 from galembed.sources import SourceReader
 from galembed.thumbnails import thumbnail
 
-BATCH: Final = 32
-
 _READING: Final = ("unreadable", "missing_band", "unknown_unit", "unexpected", "not_found", "mismatch")
 _LONGEST_MESSAGE: Final = 600
 _STRINGS: Final = pa.list_(pa.string())
@@ -107,7 +105,7 @@ def embed_partition(
     schema: pa.Schema,
     *,
     partition: str,
-    batch: int = BATCH,
+    batch: int | None = None,
     turn: AbstractContextManager[Any] | None = None,
 ) -> Outcome:
     """Embed the sources of one partition.
@@ -123,12 +121,13 @@ def embed_partition(
         Of the store's `embeddings`; with a `thumbnail`, each row gets one.
     partition : str
         Its name, for each row.
-    batch : int
-        Images given to the runtime at once.
+    batch : int, optional
+        Images given to the runtime at once; the runtime's own number unless given.
     turn : context manager, optional
         Entered for each call of the runtime: a lock that partitions of one process share.
     """
     turn = turn or nullcontext()
+    batch = batch or runtime.batch
     collected = _Collected()
     read = cut = wait = infer = 0.0
     tiles_opened = 0

@@ -23,7 +23,7 @@ from rich.filesize import decimal
 
 from catalogue_jobs.account import Account
 from catalogue_jobs.forecast import Forecast, disk_needed, opened, seconds_per_source
-from catalogue_jobs.partition import BATCH, Timings, UnexpectedError, failure_rows
+from catalogue_jobs.partition import Timings, UnexpectedError, failure_rows
 from catalogue_jobs.plan import (
     ROWS_PER_PARTITION,
     Outstanding,
@@ -66,7 +66,12 @@ _OF_LOCAL_CLUSTERS: Final = {
     # What Dask keeps for its developers grows for hours: a profile of each second, and all messages, rows and all.
     "distributed.worker.profile.enabled": False,
     "distributed.admin.low-level-log-length": 20,
+    # With the nanny's 64 kB every array comes from the system anew, and reading a cutout takes twice as long.
+    "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None,
 }
+
+_WORTH_A_WORKER: Final = 32
+"""Rows for which a local worker is started."""
 
 _SMALLEST_PARTITION: Final = 64
 """A small job is cut finer than asked, down to this, so that every worker has some of it."""
@@ -82,7 +87,7 @@ def embed(
     scheduler: str | None = None,
     workers: int | None = None,
     threads: int | None = None,
-    batch: int | Literal["auto"] = BATCH,
+    batch: int | Literal["auto"] | None = None,
     rows_per_partition: int = ROWS_PER_PARTITION,
     retry_failed: bool = False,
     keep_changed: bool = False,
@@ -115,9 +120,9 @@ def embed(
         Local processes; one per core unless given.
     threads : int, optional
         Of each worker's engine; unless given, local workers share the cores, and a scheduler's have one each.
-    batch : int or str
-        Images given to the engine at once; ``auto`` has what is fastest measured (`galembed.runtimes.batches`), once
-        for local processes, which are alike, and by each worker of a scheduler.
+    batch : int or str, optional
+        Images given to the engine at once; the engine's own number unless given. ``auto`` has what is fastest measured
+        (`galembed.runtimes.batches`), once for local processes, which are alike, and by each worker of a scheduler.
     rows_per_partition : int
         Sources in a unit of work, at most.
     retry_failed : bool
@@ -204,7 +209,7 @@ def forecast(
     precision: str | None = None,
     workers: int | None = None,
     threads: int | None = None,
-    batch: int | Literal["auto"] = BATCH,
+    batch: int | Literal["auto"] | None = None,
     rows_per_partition: int = ROWS_PER_PARTITION,
     retry_failed: bool = False,
     keep_changed: bool = False,
@@ -236,7 +241,7 @@ def forecast(
     if not parts:
         return plan
     engine = open_runtime(backbone, runtime, precision=precision, threads=threads or _share_of_cores(count))
-    images = BATCH if batch == AUTO else batch
+    images = batch if isinstance(batch, int) else engine.batch
     seconds, embedded = seconds_per_source(table, parts, source, backbone, engine, schema, images)
     return replace(plan, seconds_per_source=seconds, calibrated_on=embedded, workers=count, engine=engine.engine)
 
@@ -381,7 +386,7 @@ def _local_cluster(workers: int) -> LocalCluster:
 
 def _local_workers(rows: int) -> int:
     """Return how many local workers so many rows are worth."""
-    return max(1, min(int(CPU_COUNT), -(-rows // BATCH)))
+    return max(1, min(int(CPU_COUNT), -(-rows // _WORTH_A_WORKER)))
 
 
 def _share_of_cores(workers: int) -> int:
@@ -506,7 +511,11 @@ def _thumbnails(store: str, *, asked: bool) -> int:
 
 
 def _check_options(
-    workers: int | None, threads: int | None, batch: int | str, rows_per_partition: int, max_failures: float | None
+    workers: int | None,
+    threads: int | None,
+    batch: int | str | None,
+    rows_per_partition: int,
+    max_failures: float | None,
 ) -> None:
     counts = {
         "workers": workers,

@@ -22,7 +22,7 @@ from catalogue_jobs.partition import Timings, embed_partition
 from galembed.backbones import Backbone, load_backbone
 from galembed.errors import ArtifactMismatch, BadRequest
 from galembed.runtimes import Runtime, choose_runtime, open_runtime
-from galembed.runtimes.batches import AUTO, best_batch
+from galembed.runtimes.batches import best_batch
 from galembed.sources import SourceReader
 from galembed.store.commit import Finished, store_schema, write_fragments
 from galembed.store.keys import open_table
@@ -45,8 +45,8 @@ class Work:
         What the worker's backbone and engine must have.
     runtime : str
     engine_threads : int
-    batch : int or str
-        ``auto`` has each worker find its own.
+    batch : int or str, optional
+        The engine's own number unless given; ``auto`` has each worker find the best.
     job : str
         Names the job among those that a worker has seen.
     """
@@ -59,7 +59,7 @@ class Work:
     numeric_class: str
     runtime: str
     engine_threads: int
-    batch: int | Literal["auto"]
+    batch: int | Literal["auto"] | None
     job: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
@@ -121,9 +121,11 @@ def worker_name() -> str:
 
 def batch_task(work: Work) -> int:
     """Return how many images this process's engine is given at once, measured once where that is asked for."""
-    if work.batch != AUTO:
+    if isinstance(work.batch, int):
         return work.batch
     backbone, engine = _engine(work)
+    if work.batch is None:
+        return engine.batch
     name = (engine.engine, work.reader.kind, work.engine_threads)
     with _engines_lock:
         if name not in _batches:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import galembed
-from galembed.catalogues import read_table
+from galembed.catalogue_files import read_table
 from galembed.store import Store
 
 KINDS = ("spiral", "barred_spiral", "disk_edge_on", "smooth_round", "smooth_elongated", "merger", "ring")

@@ -40,10 +40,13 @@ class Runtime(Protocol):
         Runtime, device, numeric class and digest, as written into each row.
     numeric_class : str
         One of `galembed.engines.NUMERIC_CLASSES`.
+    batch : int
+        Images to give it at once where nobody chose; `galembed.runtimes.batches` measures which is best.
     """
 
     engine: str
     numeric_class: str
+    batch: int
 
     def embed(self, images: NDArray[Any], kind: str) -> Embedded:
         """Embed a batch; several threads may call it at once.

@@ -77,6 +77,7 @@ class TensorRTRuntime:
         self._gpu = torch.cuda.current_device()
         self.device = GPU + torch.cuda.get_device_name(self._gpu)
         self.numeric_class = record.numeric_class
+        self.batch = 64  # in two parts, one copied while the other is computed
         self.engine = f"tensorrt-{self.numeric_class}:{record.sha256[:12]}"
         try:
             self._engine = self._read(library, plan.serialised, file)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from galembed.network import GalaxyNetwork
 from galembed.precision import lower
 from galembed.runtimes.machine import cpu_name
 from galembed.runtimes.protocol import Embedded, check_images, doors
+
+_BATCH: Final = {"cpu": 16, "cuda": 64}
 
 
 def load_network(backbone: Backbone) -> GalaxyNetwork:
@@ -79,6 +81,7 @@ class TorchRuntime:
         self._network = network
         self.device = GPU + torch.cuda.get_device_name() if self._device.type == "cuda" else cpu_name()
         mixed = f"+{'+'.join(record.kept)}" if record and record.kept else ""
+        self.batch = _BATCH[self._device.type]
         self.engine = f"torch-{self._device.type}-{self.numeric_class}{mixed}:{backbone.embedding_id[:12]}"
 
     def embed(self, images: NDArray[Any], kind: str) -> Embedded:

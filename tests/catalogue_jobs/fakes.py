@@ -81,6 +81,7 @@ class FakeRuntime:
     zero: tuple[int, ...] = ()
     engine: str = "fake-fp32:0"
     numeric_class: str = "fp32"
+    batch: int = 16
     seen: list[int] = field(default_factory=list)
 
     def embed(self, images: NDArray[np.float32], kind: str) -> Embedded:

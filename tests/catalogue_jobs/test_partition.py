@@ -49,6 +49,13 @@ def test_rows_carry_position_columns_and_provenance() -> None:
     assert outcome.timings.infer > 0
 
 
+def test_an_engine_gets_as_many_images_as_it_is_best_given() -> None:
+    runtime = FakeRuntime(batch=5)
+    reader = FakeReader(12)
+    embed_partition(reader.sources().table, reader, runtime, CONTRACT, SCHEMA, partition="p")
+    assert runtime.seen == [5, 5, 2]
+
+
 @pytest.mark.parametrize("batch", [1, 3, 4, 100])
 def test_vectors_belong_to_their_rows_whatever_the_batch(batch: int) -> None:
     reader = FakeReader(10, empty=("g2", "g3"))

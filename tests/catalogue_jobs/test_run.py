@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import shutil
 import signal
 import subprocess
@@ -415,6 +416,15 @@ def test_a_batch_of_auto_is_measured_once_where_the_work_is_done(
     assert measured == [1]
     assert set(used) == {7}
     assert len(used) > 1
+
+
+def test_local_workers_keep_memory_to_use_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The nanny's MALLOC_TRIM_THRESHOLD_ has each array come from the system anew."""
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
+    with run._client(None, 1, 1) as client:
+        environ = client.submit(lambda: dict(os.environ)).result()
+    assert "MALLOC_TRIM_THRESHOLD_" not in environ
+    assert environ["OMP_NUM_THREADS"] == "1"
 
 
 def test_a_partition_that_kills_workers_is_halved_down_to_its_culprit() -> None:

@@ -78,7 +78,7 @@ def library(flavour: str = "") -> Library:
 class FakePlanRuntime:
     """Torch in place of a plan, with `error` added to the first number of each vector."""
 
-    device, numeric_class, engine = "a fake GPU", "fp32", "tensorrt-fp32:fake"
+    device, numeric_class, engine, batch = "a fake GPU", "fp32", "tensorrt-fp32:fake", 64
     error = 0.0
 
     def __init__(self, backbone: Backbone, record: EngineRecord, *, engines: Path | None = None) -> None:

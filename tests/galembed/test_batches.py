@@ -20,7 +20,7 @@ from galembed.runtimes.batches import best_batch, example_images, fastest, sweep
 class TimedRuntime:
     """Takes as long as it is told for a batch, on a clock of its own; refuses batches above `most`."""
 
-    numeric_class = "fp32"
+    numeric_class, batch = "fp32", 16
 
     def __init__(self, seconds: Callable[[int], float], most: int = 10**6, engine: str = "torch-cpu-fp32:0") -> None:
         self.seconds, self.most, self.engine = seconds, most, engine

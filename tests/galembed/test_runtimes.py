@@ -50,6 +50,9 @@ class RuntimeContract:
     def runtime(self, exported: Backbone) -> Runtime:
         raise NotImplementedError
 
+    def test_it_says_how_many_images_it_is_best_given(self, runtime: Runtime) -> None:
+        assert runtime.batch in {8, 16, 64}
+
     @pytest.mark.parametrize("kind", ["flux", "display"])
     def test_vectors_have_the_shape_type_and_unit_norm(self, runtime: Runtime, exported: Backbone, kind: str) -> None:
         images = exported.samples()[kind]

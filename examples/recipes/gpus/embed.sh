@@ -22,6 +22,8 @@ mkdir -p "$LOGS"
 export DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES=${ALLOWED_FAILURES:-2}
 # What Dask keeps for its developers, a profile of each second and all messages, grows for hours.
 export DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED=False DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH=20
+# Dask has workers give memory back at once, and reading cutouts then takes twice as long.
+export MALLOC_TRIM_THRESHOLD_=67108864 MALLOC_MMAP_THRESHOLD_=33554432
 
 stopped=
 trap 'stopped=1' INT TERM
