@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import textwrap
 from collections.abc import Sequence
@@ -205,7 +206,9 @@ def pictures_of(store: Store, keys: list[tuple[str, str]], name: str | None = No
     found: dict[tuple[str, str], Picture] = {}
     if store.contract.thumbnails and chosen is None:
         kept = store.rows(keys, ["survey", "source_id", THUMBNAIL.name]).to_pylist()
-        found = {(row["survey"], row["source_id"]): image_of(row["thumbnail"]) for row in kept if row["thumbnail"]}
+        for row in kept:
+            with contextlib.suppress(OSError, SyntaxError):  # damaged: it is cut again
+                found[row["survey"], row["source_id"]] = image_of(row["thumbnail"] or b"")
     others = [key for key in keys if key not in found]
     if not others:
         return [found[key] for key in keys]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from galembed.backbones import load_backbone
 from galembed.errors import ArtifactMismatch, ArtifactNotFound
-from galembed.schemas import FAILURES, StoreContract
+from galembed.schemas import FAILURES, THUMBNAIL, StoreContract
 from galembed.sky import healpix_index
 from galembed.store import open_store
 from galembed.store.keys import KEY, UNIT_SEPARATOR, joined, joined_key, key_hashes, open_table, repeated_values
@@ -69,6 +69,8 @@ class StoreCheck:
         Rows whose `_healpix_29`, by which a cone is searched, is not that of their position.
     strangers : int
         Rows that came through another door (`input_kind`) than the store's contract says.
+    bad_thumbnails : int
+        Rows whose thumbnail is no whole JPEG, by its first and last bytes.
     indexes : tuple of str
         Indexes that do not find rows of the store, or hold more than there are, and how.
     backbone : str
@@ -88,6 +90,7 @@ class StoreCheck:
     bad_vectors: int = 0
     misplaced: int = 0
     strangers: int = 0
+    bad_thumbnails: int = 0
     indexes: tuple[str, ...] = ()
     backbone: str = ""
     examples: tuple[str, ...] = field(default=(), repr=False)
@@ -98,7 +101,7 @@ class StoreCheck:
         return not any(
             (
                 *(self.repeated, self.contradictory, self.missing, self.damaged, self.bad_vectors),
-                *(self.misplaced, self.strangers, self.indexes, self.backbone),
+                *(self.misplaced, self.strangers, self.bad_thumbnails, self.indexes, self.backbone),
             )
         )
 
@@ -115,6 +118,7 @@ class StoreCheck:
                 (self.bad_vectors, "vector(s) are not finite, or not of length one"),
                 (self.misplaced, "row(s) have a _healpix_29 that is not that of their position"),
                 (self.strangers, "row(s) came through another door (input_kind) than the store's"),
+                (self.bad_thumbnails, "thumbnail(s) are no whole JPEG"),
             )
             if count
         ]
@@ -146,9 +150,10 @@ def verify(store: str | Path) -> StoreCheck:
     whole, missing = _whole_fragments(store, EMBEDDINGS_TABLE, dataset)
     contract = StoreContract.from_schema(dataset.schema)
     found, damaged = _Findings(failed, contract.input_kind), list(broken)
+    columns = [*_READ, THUMBNAIL.name] if contract.thumbnails else _READ
     for fragment in whole:
         try:
-            for batch in fragment.to_batches(columns=_READ, batch_size=_BATCH_ROWS):
+            for batch in fragment.to_batches(columns=columns, batch_size=_BATCH_ROWS):
                 found.take(batch)
         except (OSError, ValueError, RuntimeError) as error:
             damaged.append(_damage(fragment, error))
@@ -167,6 +172,7 @@ def verify(store: str | Path) -> StoreCheck:
         bad_vectors=found.bad_vectors,
         misplaced=found.misplaced,
         strangers=found.strangers,
+        bad_thumbnails=found.bad_thumbnails,
         indexes=() if missing or damaged else _bad_indexes(store, dataset),
         backbone=_other_backbone(contract),
         examples=tuple(key.replace(UNIT_SEPARATOR, ":") for key in examples),
@@ -182,7 +188,7 @@ class _Findings:
         self._failed_by = joined(self._failed, failed["partition"].combine_chunks())
         self._hashes: list[NDArray[np.int64]] = []
         self.hidden = np.zeros(len(failed), bool)
-        self.rows = self.bad_vectors = self.misplaced = self.strangers = 0
+        self.rows = self.bad_vectors = self.misplaced = self.strangers = self.bad_thumbnails = 0
         self.contradictory: list[str] = []
         self.bad: list[str] = []
 
@@ -203,7 +209,9 @@ class _Findings:
         ours = pc.equal(batch.column("input_kind"), self._input_kind).to_numpy(zero_copy_only=False)
         self.misplaced += int((~here).sum())
         self.strangers += int((~ours).sum())
-        self.bad = [*self.bad, *key.filter(pa.array(~(good & here & ours))).to_pylist()][:_EXAMPLES]
+        pictured = _pictured(batch)
+        self.bad_thumbnails += int((~pictured).sum())
+        self.bad = [*self.bad, *key.filter(pa.array(~(good & here & ours & pictured))).to_pylist()][:_EXAMPLES]
 
     def repeated(self, fragments: Sequence[Any]) -> list[str]:
         """Return the keys of several rows, after a second look at those whose hashes are the same."""
@@ -228,6 +236,15 @@ def _misplaced(batch: pa.RecordBatch) -> NDArray[np.bool_]:
     both = known & ~wrong
     wrong[both] = healpix_index(ra[both], dec[both]) != cells.fill_null(-1).to_numpy()[both]
     return np.asarray(wrong, bool)
+
+
+def _pictured(batch: pa.RecordBatch) -> NDArray[np.bool_]:
+    """Return which rows have no thumbnail, or a JPEG from its first to its last marker."""
+    if THUMBNAIL.name not in batch.schema.names:
+        return np.ones(len(batch), bool)
+    data = batch.column(THUMBNAIL.name)
+    whole = pc.and_(pc.starts_with(data, b"\xff\xd8"), pc.ends_with(data, b"\xff\xd9"))
+    return np.asarray(pc.fill_null(whole, True).to_numpy(zero_copy_only=False), bool)
 
 
 def _bad_indexes(store: str | Path, dataset: Any) -> tuple[str, ...]:

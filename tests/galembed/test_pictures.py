@@ -11,7 +11,15 @@ from galembed import pictures, sources
 from galembed.cli import main
 from galembed.cutouts import Cutout
 from galembed.errors import ArtifactMismatch, BadRequest, UnreadableInput
-from galembed.pictures import confusion_figure, hits_figure, mosaic, neighbours_figure, rgb, save_figure
+from galembed.pictures import (
+    confusion_figure,
+    hits_figure,
+    mosaic,
+    neighbours_figure,
+    pictures_of,
+    rgb,
+    save_figure,
+)
 from galembed.probes import ClassScore, ProbeReport
 from galembed.runtimes import open_runtime
 from galembed.store.images import embed_image
@@ -233,6 +241,15 @@ def test_kept_pictures_come_before_the_files(pictured):
     assert sum(image.shape == (128, 128, 3) for image in images) == 1
     ways = {image.get_array().shape[0]: image.get_interpolation() for axis in figure.axes for image in axis.images}
     assert ways == {64: "bicubic", 128: "nearest"}
+
+
+@pytest.mark.usefixtures("pixels")
+def test_a_damaged_picture_is_cut_again(tmp_path):
+    whole = jpeg(np.zeros((64, 64, 3), np.uint8))
+    data = rows(20, seed=4, thumbnail=[whole, whole[:100], b"no picture", *[whole] * 17])
+    store = make_store(tmp_path / "s", data, contract=dataclasses.replace(CONTRACT, thumbnails=64))
+    keys = [("legacy", f"legacy-{number}") for number in range(4)]
+    assert [image.shape[0] for image in pictures_of(store, keys)] == [64, 128, 128, 64]
 
 
 @pytest.mark.usefixtures("pixels")

@@ -21,6 +21,7 @@ from galembed.store.index import build_index
 from galembed.store.keys import open_table
 from galembed.store.lease import Lease
 from galembed.store.places import file_system
+from galembed.thumbnails import jpeg
 from tests.galembed import stores
 from tests.galembed.commits import DIM, SCHEMA, Place, embeddings, failures, finished
 
@@ -144,6 +145,16 @@ def test_a_row_of_another_door_is_found(tmp_path: Path) -> None:
     found = planted(tmp_path, input_kind=["flux"] * 299 + ["display"])
     assert (found.strangers, found.ok, found.examples) == (1, False, ("legacy:legacy-299",))
     assert "another door" in str(found)
+
+
+def test_a_thumbnail_that_is_cut_off_is_found(tmp_path: Path) -> None:
+    whole = jpeg(np.zeros((8, 8, 3), np.uint8))
+    contract = replace(stores.CONTRACT, backbone=str(tmp_path / "nowhere"), thumbnails=8)
+    data = stores.rows(300, thumbnail=[whole[:-1], None, b"", *[whole] * 297])
+    lance.write_dataset(stores.arrow(data, contract), tmp_path / "embeddings.lance")
+    found = verify(tmp_path)
+    assert (found.bad_thumbnails, found.ok, found.examples) == (2, False, ("legacy:legacy-0", "legacy:legacy-2"))
+    assert "2 thumbnail(s) are no whole JPEG" in str(found)
 
 
 @pytest.mark.parametrize("column", ["source_id", "_healpix_29", "vector"])
