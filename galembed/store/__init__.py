@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import difflib
 import functools
-import math
 import numbers
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from astropy.coordinates import SkyCoord
-from astropy.table import Row, Table
+from astropy.table import Table
 from numpy.typing import NDArray
 
 from galembed.errors import ArtifactNotFound, BadRequest
@@ -29,15 +27,12 @@ from galembed.schemas import FAILURES, THUMBNAIL, StoreContract, answers_of, emb
 from galembed.search import (
     HIT_COLUMNS,
     Hits,
-    any_of,
     arrow_columns,
     asked,
     box_filter,
     check_where,
     cone_filter,
-    unit_vector,
 )
-from galembed.sky import separation_arcsec
 from galembed.store.keys import joined_key
 from galembed.store.lease import writer
 from galembed.store.nearest import IndexSearch, indexed_rows, nearest_rows, scan_is_faster, take_rows
@@ -45,14 +40,10 @@ from galembed.store.nearest import matrix as matrix
 from galembed.store.places import EMBEDDINGS_TABLE as EMBEDDINGS_TABLE
 from galembed.store.places import FAILURES_TABLE as FAILURES_TABLE
 from galembed.store.places import JOB_FILE, SEARCH_FILE, first_line, join, read_json, resolve, storage_options
+from galembed.store.queries import around, by_id, contrast, key_pairs, keys_of, queries, query
 from galembed.store.status import Status
 
-POSITION_TOLERANCE_ARCSEC: Final = 5.0
-"""How far the source may lie from a position that is asked about."""
-
 _OWN_COLUMNS = frozenset(embeddings_schema(1).names)
-_CHUNK = 500  # ids per SQL filter
-_CONES = 50  # cones per SQL filter
 
 
 def open_store(path: str | Path) -> Store:
@@ -228,7 +219,7 @@ class Store:
         """
         wanted = list(keys)
         names = list(dict.fromkeys(["survey", "source_id", *columns]))
-        found = self._by_id([source_id for _, source_id in wanted], names)
+        found = by_id(self, [source_id for _, source_id in wanted], names)
         place = {
             key: row
             for row, key in enumerate(
@@ -380,19 +371,19 @@ class Store:
         """
         names = self._hit_names(k, columns)
         condition = self.condition(where, cone, box, region)
-        vector, keys = self._query(to)
+        vector, keys = query(self, to)
         others: list[tuple[str, str]] = []
         if unlike is not None:
-            away, others = self._query(unlike)
-            vector = _contrast(vector, away)
+            away, others = query(self, unlike)
+            vector = contrast(vector, away)
         skip = {*keys, *others} if exclude_self else set()
         if exclude is not None:
-            skip.update(self._keys(exclude))
+            skip.update(keys_of(self, exclude))
         if exclude_within is not None:
-            skip.update(self._around(keys, exclude_within))
+            skip.update(around(self, keys, exclude_within))
         found = self._nearest(vector[None], int(k) + len(skip), names, condition, where, exact=exact)
         if skip:
-            found = found.filter(pa.array([key not in skip for key in _key_pairs(found)], pa.bool_()))
+            found = found.filter(pa.array([key not in skip for key in key_pairs(found)], pa.bool_()))
         meta = {"query": [":".join(key) for key in keys], "unlike": [":".join(key) for key in others]}
         return self._hits(found.slice(0, int(k)), names, meta | asked(where, cone, box, region))
 
@@ -439,7 +430,7 @@ class Store:
         """
         names = self._hit_names(k, columns)
         condition = self.condition(where, cone, box, region)
-        vectors, keys = self._queries(to)
+        vectors, keys = queries(self, to)
         own = np.array([":".join(key) for key in keys], object) if exclude_self and keys else None
         count = int(k) + (own is not None)
         found = self._nearest(vectors, count, names, condition, where, exact=exact)
@@ -450,25 +441,6 @@ class Store:
             hits.rename_column("query", "catalogue_query")
         hits.add_column(found.column("query_index").to_numpy(), index=0, name="query")
         return hits
-
-    def _queries(self, to: Any) -> tuple[NDArray[np.float32], list[tuple[str, str]]]:
-        """Return the vectors of many queries, shape (n, dim), and the keys they stand for, if any."""
-        if not isinstance(to, Table):
-            values = np.asarray(to)
-            if values.dtype.kind == "f":
-                if values.ndim != 2 or not len(values):
-                    raise BadRequest(f"many queries are vectors of shape (n, {self.dim}), n >= 1; got {values.shape}")
-                return np.stack([unit_vector(vector, self.dim) for vector in values]), []
-            if values.ndim != 1:
-                raise BadRequest(f"many queries are ids, rows of a table or vectors; got {type(to).__name__}")
-        keys = self._keys(to)
-        return np.stack([unit_vector(vector, self.dim) for vector in self._vectors_of(keys)]), keys
-
-    def _vectors_of(self, keys: Sequence[tuple[str, str]]) -> NDArray[np.float32]:
-        vectors = matrix(self.rows(keys, ["vector"]).column("vector"))
-        if len(vectors) < len(keys):
-            raise BadRequest(f"{len(keys) - len(vectors)} of the sources asked about are not in the store {self.path}")
-        return vectors
 
     def _hit_names(self, k: int, columns: Sequence[str] | None) -> list[str]:
         if not isinstance(k, numbers.Integral) or k < 1:
@@ -486,22 +458,15 @@ class Store:
         hits.add_columns([1 - distance, distance], indexes=[0, 0], names=["similarity", "distance"])
         return hits
 
-    def _around(self, keys: Sequence[tuple[str, str]], radius: float) -> set[tuple[str, str]]:
-        """Return the sources within `radius` arcsec of the positions of others."""
-        if not keys:
-            raise BadRequest("exclude_within needs sources to keep away from; a vector has no position")
-        places = self.rows(keys, ["ra", "dec"])
-        cones = [
-            cone_filter((ra, dec, radius))
-            for ra, dec in zip(places.column("ra").to_pylist(), places.column("dec").to_pylist(), strict=True)
-            if ra is not None
-        ]
-        found: set[tuple[str, str]] = set()
-        for start in range(0, len(cones), _CONES):
-            condition = " OR ".join(cones[start : start + _CONES])
-            for batch in self.table.search().where(condition).select(["survey", "source_id"]).to_batches():
-                found.update(_key_pairs(batch))
-        return found
+    def _passing(self, condition: str) -> int:
+        """Return how many rows pass a filter, looked up once: it takes as long as a search."""
+        if condition not in self._passed:
+            self._passed[condition] = self.dataset.count_rows(condition)
+        return self._passed[condition]
+
+    @functools.cached_property
+    def _passed(self) -> dict[str, int]:
+        return {}
 
     def _nearest(
         self,
@@ -517,7 +482,7 @@ class Store:
         settings = self.index_search(self._index_kind) if self._index_kind and not exact else None
         try:
             total = self.dataset.count_rows()
-            passing = self.dataset.count_rows(condition) if settings and condition else total
+            passing = self._passing(condition) if settings and condition else total
             if settings is None or scan_is_faster(passing, total, len(vectors), count, settings):
                 rows, distance = nearest_rows(self.dataset, vectors, count, condition)
             else:
@@ -530,141 +495,17 @@ class Store:
         found = found.append_column("_distance", pa.array(distance[query, place], pa.float32()))
         return found.append_column("query_index", pa.array(query, pa.int64()))
 
-    def _query(self, to: Any) -> tuple[NDArray[np.float32], list[tuple[str, str]]]:
-        """Return the query vector and the keys of the sources it stands for."""
-        if isinstance(to, Path):
-            from galembed.store.images import embed_image
-
-            return embed_image(self, to), []
-        if not isinstance(to, SkyCoord | Row | Table | str | bytes | numbers.Integral):
-            values = np.asarray(to)
-            if values.dtype.kind == "f":
-                return unit_vector(values, self.dim), []
-        return self._mean_direction(self._keys(to))
-
-    def _keys(self, of: Any) -> list[tuple[str, str]]:
-        """Return the keys of sources: ids, rows, or a position."""
-        if isinstance(of, SkyCoord):
-            return [self._at(of)]
-        if isinstance(of, Row | Table):
-            return _keys_of(of)
-        if isinstance(of, str | bytes | numbers.Integral):
-            return self._resolve([_id_text(of)])
-        values = np.asarray(of)
-        if (
-            values.ndim == 1
-            and values.size
-            and all(isinstance(item, str | bytes | numbers.Integral) for item in values)
-        ):
-            return self._resolve([_id_text(item) for item in values])
-        raise BadRequest(
-            f"a search is for an id, a list of ids, a SkyCoord or a vector of {self.dim} numbers; "
-            f"got {type(of).__name__}"
-        )
-
-    def _mean_direction(self, keys: list[tuple[str, str]]) -> tuple[NDArray[np.float32], list[tuple[str, str]]]:
-        keys = list(dict.fromkeys(keys))
-        vectors = self._vectors_of(keys)
-        return unit_vector(vectors.mean(axis=0), self.dim), keys
-
-    def _resolve(self, ids: list[str]) -> list[tuple[str, str]]:
-        """Return the key of each id, given as ``id`` or ``survey:id``."""
-        candidates = {part for text in ids for part in (text, text.partition(":")[2]) if part}
-        found: dict[str, list[str]] = {}
-        for survey, source_id in _key_pairs(self._by_id(sorted(candidates), ["survey", "source_id"])):
-            found.setdefault(source_id, []).append(survey)
-        return [self._key(text, found) for text in ids]
-
-    def _key(self, text: str, found: Mapping[str, list[str]]) -> tuple[str, str]:
-        surveys = sorted(found.get(text, []))
-        if len(surveys) == 1:
-            return surveys[0], text
-        if surveys:
-            choices = " or ".join(repr(f"{survey}:{text}") for survey in surveys)
-            raise BadRequest(f"{text!r} is a source of {len(surveys)} surveys; ask for {choices}")
-        survey, _, source_id = text.partition(":")
-        if survey in found.get(source_id, []):
-            return survey, source_id
-        raise BadRequest(
-            f"no source {text!r} in the store {self.path}{self._similar_ids(text)}; "
-            "see Store.failures() (`galembed status`) for sources without a vector"
-        )
-
-    def _similar_ids(self, text: str) -> str:
-        sample = self.table.search().select(["source_id"]).limit(5000).to_arrow().column("source_id").to_pylist()
-        near = difflib.get_close_matches(text, sample, n=3, cutoff=0.6) or sample[:1]
-        return f"; its ids look like {', '.join(map(repr, near))}" if near else ", which is empty"
-
-    def _by_id(self, ids: list[str], columns: list[str]) -> pa.Table:
-        unique = list(dict.fromkeys(ids))
-        batches = [
-            batch
-            for start in range(0, len(unique), _CHUNK)
-            for batch in self.batches(columns, any_of("source_id", unique[start : start + _CHUNK]))
-        ]
-        return pa.Table.from_batches(batches, schema=pa.schema([self.schema.field(name) for name in columns]))
-
-    def _at(self, position: SkyCoord) -> tuple[str, str]:
-        """Return the key of the source nearest to a position, within the tolerance."""
-        if not position.isscalar:
-            raise BadRequest(f"give one position, got a SkyCoord of {len(position)}")
-        ra, dec = float(position.icrs.ra.deg), float(position.icrs.dec.deg)
-        if not math.isfinite(ra) or not math.isfinite(dec):
-            raise BadRequest(f"the position is not finite: ra {ra}, dec {dec}")
-        nearest = math.inf
-        for radius in (POSITION_TOLERANCE_ARCSEC, 60.0, 3600.0):
-            found = self.table.search().where(cone_filter((ra, dec, radius)))
-            near = found.select(["survey", "source_id", "ra", "dec"]).to_arrow()
-            if near.num_rows:
-                distances = separation_arcsec(ra, dec, near.column("ra").to_numpy(), near.column("dec").to_numpy())
-                best = int(np.argmin(distances))
-                nearest = float(distances[best])
-                if nearest <= POSITION_TOLERANCE_ARCSEC:
-                    return _key_pairs(near)[best]
-                break
-        where = f"the nearest is {nearest:.1f} arcsec away" if nearest < math.inf else "none lies within a degree"
-        raise BadRequest(
-            f"no source within {POSITION_TOLERANCE_ARCSEC:g} arcsec of ra {ra:.6f}, dec {dec:.6f}: {where}"
-        )
-
 
 def _best_of_each(found: pa.Table, k: int, own: NDArray[np.object_] | None) -> pa.Table:
     """Return the k nearest of each query, sorted, without the query itself (`own`: its key, by query)."""
     found = found.sort_by([("query_index", "ascending"), ("_distance", "ascending")])
     query = found.column("query_index").to_numpy()
     if own is not None:
-        keys = np.array([":".join(key) for key in _key_pairs(found)], object)
+        keys = np.array([":".join(key) for key in key_pairs(found)], object)
         found = found.filter(pa.array(keys != own[query], pa.bool_()))
         query = found.column("query_index").to_numpy()
     place = np.arange(len(query)) - np.searchsorted(query, query)
     return found.filter(pa.array(place < k, pa.bool_()))
-
-
-def _contrast(vector: NDArray[np.float32], away: NDArray[np.float32]) -> NDArray[np.float32]:
-    difference = np.asarray(vector, np.float64) - away
-    if np.linalg.norm(difference) < 1e-6:
-        raise BadRequest("what the hits should be like and unlike have the same direction; give other sources")
-    return unit_vector(difference, len(vector))
-
-
-def _key_pairs(table: pa.Table | pa.RecordBatch) -> list[tuple[str, str]]:
-    return list(zip(table.column("survey").to_pylist(), table.column("source_id").to_pylist(), strict=True))
-
-
-def _keys_of(rows: Row | Table) -> list[tuple[str, str]]:
-    lacking = [name for name in ("survey", "source_id") if name not in rows.colnames]
-    if lacking:
-        raise BadRequest(f"rows to search for need the columns survey and source_id; {lacking} missing")
-    pairs = [(rows["survey"], rows["source_id"])] if isinstance(rows, Row) else rows.iterrows("survey", "source_id")
-    keys = [(str(survey), str(source_id)) for survey, source_id in pairs]
-    if not keys:
-        raise BadRequest("the table of sources to search for is empty")
-    return keys
-
-
-def _id_text(value: Any) -> str:
-    text = value.decode() if isinstance(value, bytes) else str(value)
-    return text.strip()
 
 
 def _refused(where: str | None, error: Exception) -> BadRequest:

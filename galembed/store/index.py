@@ -139,7 +139,7 @@ def build_index(store: Store, kind: str = "auto", *, recall: float = 0.95, colum
 def _renew(store: Store) -> None:
     """Have the store show its newest rows and indexes."""
     store.table.checkout_latest()
-    for name in ("dataset", "_index_kind", "_measured"):
+    for name in ("dataset", "_index_kind", "_measured", "_passed"):
         vars(store).pop(name, None)
 
 
