@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,11 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from astropy import units
-from astropy.io.fits.verify import VerifyWarning
-from astropy.table import MaskedColumn, Table
+from astropy.table import Table
 
-from galembed.errors import ArtifactNotFound, BadRequest, GalembedError, UnreadableInput
-from galembed.hats import PARTITION_COLUMNS, open_hats
+from galembed.catalogue_files import NO_NUMBER, Columns, null_where, open_columns, plain_text, reading, to_arrow
+from galembed.errors import BadRequest
 
 GUESSES: Final = {
     "id": (
@@ -87,22 +84,7 @@ CARRIED: Final = re.compile(r"mag_\w+|redshift|z_?spec|z_?phot\w*|psfsize_\w+|ga
 
 _UNITS: Final = {"ra": "deg", "dec": "deg", "size": "arcsec", "r90": "arcsec"}
 _LEGACY_ID: Final = ("release", "brickid", "objid")
-_NO_NUMBER: Final = ("", "-", "--", "null", "none", "na", "n/a", "<na>")
 _SEXAGESIMAL: Final = re.compile(r"[+-]?\d+\s*[:hd°\s]\s*\d+")
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """The columns of a table file before any is read.
-
-    `units` has every column with one value per row, in the file's order ("" without a unit); `arrays` names the others.
-    `positions` are the columns that the format itself names for `ra` and `dec`. `read` reads some columns.
-    """
-
-    units: Mapping[str, str]
-    read: Callable[[Sequence[str]], pa.Table]
-    arrays: Sequence[str] = ()
-    positions: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -165,7 +147,7 @@ def choose_columns(
     parts : iterable of str
         Parts to look for; the id must be there.
     """
-    source = _Columns(units, lambda names: pa.table({}))
+    source = Columns(units, lambda names: pa.table({}))
     wanted = set(parts)
     found = {part: names for part, names in _choose_parts(source, columns, Path(file)).items() if part in wanted}
     if "id" not in found:
@@ -173,47 +155,6 @@ def choose_columns(
     used = {name for part in ("ra", "dec") for name in found.get(part, ())}
     chosen = _choose_carried(source, carry, used, Path(file), unasked=False)
     return Chosen(found, chosen, units)
-
-
-def table_units(file: str | Path) -> dict[str, str]:
-    """Return the unit of each column of a Parquet file that has one value per row ("" without), in its order.
-
-    Raises
-    ------
-    ArtifactNotFound
-        If there is no such file.
-    UnreadableInput
-        If it is no Parquet file.
-    """
-    with _reading(Path(file)):
-        return dict(_parquet_columns([str(file)]).units)
-
-
-def read_table(path: str | Path) -> Table:
-    """Read a whole table file, or a HATS folder.
-
-    Masked and null values are masked; NaN stays NaN: whether it is missing or an error is for the caller to say. A CSV
-    column is a number where all its text is; digits that a number would not give back (`007`) stay text.
-
-    Raises
-    ------
-    ArtifactNotFound
-        If there is no such file.
-    UnreadableInput
-        If it cannot be read as FITS, VOTable, ECSV, CSV, Parquet or HATS.
-    """
-    path = Path(path)
-    with _reading(path):
-        if arrow := _arrow_columns(path):
-            table = arrow.read([*arrow.units, *arrow.arrays])
-            read = Table({name: _from_arrow(table[name], name) for name in table.column_names})
-            for name, unit in arrow.units.items():
-                if unit:
-                    read[name].unit = units.Unit(unit, parse_strict="silent")
-            return read
-        if _is_fits(path):
-            return Table.read(path, format="fits", hdu=_first_table(path), mask_invalid=False)
-        return _astropy_table(path)
 
 
 def read_catalogue(
@@ -254,8 +195,8 @@ def read_catalogue(
     unknown = sorted(set(columns) - set(GUESSES))
     if unknown:
         raise BadRequest(f"--column takes {', '.join(GUESSES)}, got {unknown}")
-    with _reading(path):
-        source = _open(path)
+    with reading(path):
+        source = open_columns(path)
         parts = _choose_parts(source, columns, path)
         lacking = [part for part in need if part not in parts]
         if lacking:
@@ -285,7 +226,7 @@ def source_ids(table: Table, column: str | None = None) -> pa.Array | None:
     """
     plain = [name for name in table.colnames if len(table[name].shape) == 1]
     names = (column,) if column else _id_columns(plain)
-    return _join_ids([_to_arrow(table[name]) for name in names], names) if names else None
+    return _join_ids([to_arrow(table[name]) for name in names], names) if names else None
 
 
 def duplicate_rows(keys: pa.ChunkedArray) -> np.ndarray[Any, np.dtype[np.bool_]]:
@@ -295,229 +236,6 @@ def duplicate_rows(keys: pa.ChunkedArray) -> np.ndarray[Any, np.dtype[np.bool_]]
     mask = np.ones(len(keys), bool)
     mask[first] = False
     return mask
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    if not path.exists():
-        raise ArtifactNotFound(f"no table at {path}")
-    try:
-        with warnings.catch_warnings():
-            # Advice for writers, on column names such as "# object_id" and on unknown units.
-            warnings.simplefilter("ignore", VerifyWarning)
-            warnings.simplefilter("ignore", units.UnitsWarning)
-            yield
-    except GalembedError:
-        raise
-    except Exception as error:
-        raise UnreadableInput(
-            f"{path} cannot be read as a table ({type(error).__name__}: {error}); "
-            "give FITS, VOTable, ECSV, CSV, Parquet or a HATS folder"
-        ) from error
-
-
-# Opening: which columns there are, and how to read some.
-
-
-def _open(path: Path) -> _Columns:
-    if arrow := _arrow_columns(path):
-        return arrow
-    return _fits_columns(path) if _is_fits(path) else _table_columns(_astropy_table(path))
-
-
-def _arrow_columns(path: Path) -> _Columns | None:
-    """Return the columns of a file that Arrow reads, None for other formats."""
-    name = path.name.lower()
-    if path.is_dir():
-        return _hats_columns(path)
-    if name.endswith((".parquet", ".pq")):
-        return _parquet_columns([str(path)])
-    if name.endswith((".csv", ".csv.gz")) and not _first_line(path).startswith("# %ECSV"):
-        return _csv_columns(path)
-    return None
-
-
-def _is_fits(path: Path) -> bool:
-    return path.name.lower().endswith((".fits", ".fit", ".fits.gz", ".fit.gz"))
-
-
-def _astropy_table(path: Path) -> Table:
-    name = path.name.lower().removesuffix(".gz")
-    if name.endswith((".vot", ".votable", ".xml")):
-        # A FIELD's ID is its name mangled into an XML identifier; the name is what the survey calls it.
-        return Table.read(path, format="votable", table_id=0, use_names_over_ids=True)
-    if name.endswith((".ecsv", ".csv")):
-        return Table.read(path, format="ascii.ecsv")
-    return Table.read(path)
-
-
-def _table_columns(table: Table) -> _Columns:
-    plain = {name: str(getattr(table[name], "unit", "") or "") for name in table.colnames if table[name].ndim == 1}
-    return _Columns(
-        plain,
-        lambda names: pa.table({name: _to_arrow(table[name]) for name in names}),
-        [name for name in table.colnames if name not in plain],
-    )
-
-
-def _fits_columns(path: Path) -> _Columns:
-    """Return the columns of the first table; reading maps the file and touches only the columns asked for."""
-    from astropy.io import fits
-
-    number = _first_table(path)
-    with fits.open(path) as hdus:
-        # An empty shape is one value per row: vectors, bit fields and variable-length arrays have another.
-        columns = hdus[number].columns
-        plain = {column.name: column.unit or "" for column in columns if columns.dtype[column.name].shape == ()}
-        arrays = [name for name in columns.names if name not in plain]
-
-    def read(names: Sequence[str]) -> pa.Table:
-        with fits.open(path, memmap=not path.name.lower().endswith(".gz")) as hdus:
-            return pa.table({name: _fits_column(hdus[number], name) for name in names})
-
-    return _Columns(plain, read, arrays)
-
-
-def _fits_column(hdu: Any, name: str) -> pa.Array:
-    column = hdu.columns[name]
-    raw = hdu.data.view(np.ndarray)[name]
-    if raw.dtype.kind == "S" and "A" in column.format:
-        return pa.array(np.ascontiguousarray(raw))
-    values = np.asarray(hdu.data.field(name))
-    mask = None
-    if column.null is not None and values.dtype.kind in "iu":
-        mask = values == int(column.null) * int(column.bscale or 1) + int(column.bzero or 0)
-    return pa.array(values.astype(values.dtype.newbyteorder("=")), mask=mask)
-
-
-def _first_table(path: Path) -> int:
-    from astropy.io import fits
-
-    with fits.open(path) as hdus:
-        for number, hdu in enumerate(hdus):
-            if isinstance(hdu, fits.BinTableHDU | fits.TableHDU) and not isinstance(hdu, fits.CompImageHDU):
-                return number
-    raise ValueError("it holds no table extension")
-
-
-def _parquet_columns(files: Sequence[str], schema: pa.Schema | None = None) -> _Columns:
-    import pyarrow.dataset as ds
-
-    dataset = ds.dataset(list(files), schema=schema, format="parquet")
-    schema = dataset.schema
-    _refuse_repeated(schema.names)
-    header = _astropy_header(schema)
-    # astropy writes a masked column as two, and says so in its header.
-    masks = {name: f"{name}.mask" for name in schema.names if header and f"{name}.mask" in schema.names}
-    names = [name for name in schema.names if name not in masks.values()]
-    nested = [name for name in names if pa.types.is_nested(schema.field(name).type)]
-    found = {name: header.get(name) or _unit_of(schema.field(name)) for name in names if name not in nested}
-
-    def expression(name: str) -> Any:
-        if name not in masks:
-            return pc.field(name)
-        return pc.if_else(pc.field(masks[name]), pa.scalar(None, schema.field(name).type), pc.field(name))
-
-    return _Columns(found, lambda wanted: dataset.to_table(columns={name: expression(name) for name in wanted}), nested)
-
-
-def _unit_of(column: pa.Field) -> str:
-    return str((column.metadata or {}).get(b"unit", b"").decode())
-
-
-def _astropy_header(schema: pa.Schema) -> dict[str, str]:
-    """Return the unit of each column that astropy's own header in a Parquet file lists; empty without one."""
-    text = (schema.metadata or {}).get(b"table_meta_yaml")
-    if not text:
-        return {}
-    from astropy.table.meta import get_header_from_yaml
-
-    header = get_header_from_yaml(text.decode().split("\n"))
-    return {column["name"]: str(column.get("unit", "")) for column in header["datatype"]}
-
-
-def _hats_columns(root: Path) -> _Columns:
-    catalogue = open_hats(root)
-    parquet = _parquet_columns(catalogue.files, catalogue.schema)
-
-    def read(names: Sequence[str]) -> pa.Table:
-        table = parquet.read(names)
-        if catalogue.rows is not None and catalogue.rows != len(table):
-            raise UnreadableInput(
-                f"{root}: its properties say hats_nrows={catalogue.rows}, its files hold {len(table)} rows; "
-                "copy it again, or mend the properties"
-            )
-        return table
-
-    plain = {name: unit for name, unit in parquet.units.items() if name not in PARTITION_COLUMNS}
-    return _Columns(plain, read, parquet.arrays, catalogue.positions)
-
-
-def _csv_columns(path: Path) -> _Columns:
-    """Return the columns of a CSV file, read as text first, so that digits are lost to no guess about their type."""
-    from pyarrow import csv
-
-    options = {
-        "read_options": csv.ReadOptions(skip_rows=_lines_before_header(path)),
-        "parse_options": csv.ParseOptions(newlines_in_values=True),
-    }
-    with csv.open_csv(path, **options) as reader:
-        raw = reader.schema.names
-    names = [name.strip() or f"col{number}" for number, name in enumerate(raw)]
-    _refuse_repeated(names)
-    raw_names = dict(zip(names, raw, strict=True))
-
-    def read(wanted: Sequence[str]) -> pa.Table:
-        if not wanted:
-            return pa.table({})  # pyarrow takes an empty list to mean every column
-        spelt = [raw_names[name] for name in wanted]
-        convert = csv.ConvertOptions(column_types=dict.fromkeys(spelt, pa.string()), include_columns=spelt)
-        table = csv.read_csv(path, convert_options=convert, **options)
-        return pa.table({name: _typed(column) for name, column in zip(wanted, table.columns, strict=True)})
-
-    return _Columns(dict.fromkeys(names, ""), read)
-
-
-def _first_line(path: Path) -> str:
-    with pa.input_stream(str(path)) as stream:
-        return bytes(stream.read(4096)).decode("utf-8", "replace").split("\n")[0]
-
-
-def _lines_before_header(path: Path) -> int:
-    """Return how many lines such as SkyServer's `#Table1` come before the header."""
-    with pa.input_stream(str(path)) as stream:
-        lines = bytes(stream.read(4096)).split(b"\n")
-    header = next((number for number, line in enumerate(lines) if not line.startswith(b"#") or b"," in line), 0)
-    return header if b"," in lines[header] else 0  # in a table of one column, "# id" is the header
-
-
-def _typed(column: Any) -> Any:
-    """Return text as integers or floats where all of it is, and integers only where they give the same text back."""
-    text = pc.utf8_trim_whitespace(column)
-    missing = pc.is_in(pc.utf8_lower(text), value_set=pa.array(_NO_NUMBER))
-    present = text.filter(pc.invert(missing))
-    if len(present) and pc.all(pc.match_substring_regex(present, r"^[+-]?\d+$")).as_py():
-        try:
-            if pc.all(pc.equal(present.cast(pa.int64()).cast(pa.string()), present)).as_py():
-                return _null_where(missing, text).cast(pa.int64())
-        except pa.ArrowInvalid:
-            pass  # more digits than an integer has room for
-    elif len(present):
-        try:
-            return _null_where(missing, text).cast(pa.float64())
-        except pa.ArrowInvalid:
-            pass
-    return _null_where(pc.equal(text, ""), text)
-
-
-def _null_where(mask: Any, values: Any) -> Any:
-    return pc.if_else(mask, pa.scalar(None, values.type), values)
-
-
-def _refuse_repeated(names: Sequence[str]) -> None:
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise ValueError(f"column {repeated[0]!r} occurs {names.count(repeated[0])} times")
 
 
 # Choosing: which column is which.
@@ -533,7 +251,7 @@ def _alike(names: Iterable[str], name: str) -> list[str]:
     return [column for column in names if column.lstrip("# ").lower() == name.lstrip("# ").lower()]
 
 
-def _named(source: _Columns, name: str, purpose: str, path: Path) -> str:
+def _named(source: Columns, name: str, purpose: str, path: Path) -> str:
     """Return the column that the user named, or raise BadRequest."""
     every = [*source.units, *source.arrays]
     alike = _alike(every, name)
@@ -547,14 +265,14 @@ def _named(source: _Columns, name: str, purpose: str, path: Path) -> str:
     return found
 
 
-def _what_there_is(source: _Columns, name: str) -> str:
+def _what_there_is(source: Columns, name: str) -> str:
     lower = {column.lower(): column for column in source.units}
     near = [lower[match] for match in difflib.get_close_matches(name.lower(), lower, n=3)]
     there = f"the table has {', '.join(list(source.units)[:30])}{', ...' if len(source.units) > 30 else ''}"
     return f"did you mean {' or '.join(near)}? {there}" if near else there
 
 
-def _choose_parts(source: _Columns, columns: Mapping[str, str], path: Path) -> dict[str, tuple[str, ...]]:
+def _choose_parts(source: Columns, columns: Mapping[str, str], path: Path) -> dict[str, tuple[str, ...]]:
     """Return the columns of each part that was named or guessed, in the order of `GUESSES`."""
     parts: dict[str, tuple[str, ...]] = {
         part: (_named(source, name, f"for {part}", path),) for part, name in columns.items()
@@ -576,15 +294,15 @@ def _choose_parts(source: _Columns, columns: Mapping[str, str], path: Path) -> d
     return {part: parts[part] for part in GUESSES if part in parts}
 
 
-def _guesses(source: _Columns, part: str) -> list[str]:
+def _guesses(source: Columns, part: str) -> list[str]:
     return [match for guess in GUESSES[part] if (match := _match(source.units, guess))]
 
 
-def _is_angle(source: _Columns, name: str) -> bool:
+def _is_angle(source: Columns, name: str) -> bool:
     return _factor(source.units[name], "arcsec") is not None
 
 
-def _guess_position(source: _Columns, named: Mapping[str, str]) -> Mapping[str, str]:
+def _guess_position(source: Columns, named: Mapping[str, str]) -> Mapping[str, str]:
     """Return the columns of `ra` and `dec`: the first pair, or the first of each where the other was named."""
     if len(source.positions) == 2:
         return source.positions
@@ -605,7 +323,7 @@ def _id_columns(names: Iterable[str]) -> tuple[str, ...]:
     return next(((match,) for guess in GUESSES["id"] if (match := _match(names, guess))), ())
 
 
-def _how_to_name(part: str, source: _Columns, path: Path) -> str:
+def _how_to_name(part: str, source: Columns, path: Path) -> str:
     left_out = [f"{name} is in {source.units[name]}" for name in _guesses(source, part)]
     why = f", but {left_out[0]}" if part in ("size", "r90") and left_out else ""
     return (
@@ -615,7 +333,7 @@ def _how_to_name(part: str, source: _Columns, path: Path) -> str:
 
 
 def _choose_carried(
-    source: _Columns, carry: Sequence[str], used: set[str], path: Path, *, unasked: bool = True
+    source: Columns, carry: Sequence[str], used: set[str], path: Path, *, unasked: bool = True
 ) -> dict[str, str]:
     """Return the columns to carry, in the table's order, and our name of each."""
     asked = {_named(source, name, "to carry", path) for name in carry}
@@ -645,21 +363,6 @@ def _field(name: str, values: Any, unit: str) -> pa.Field:
     return pa.field(name, values.type, metadata={"unit": unit} if unit else None)
 
 
-def _plain(column: Any, name: str) -> Any:
-    """Return categories, bytes and other kinds of text as strings, the rest as it is."""
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    if pa.types.is_fixed_size_binary(column.type):
-        column = column.cast(pa.binary())
-    texts = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_large_string, pa.types.is_string_view)
-    if not any(test(column.type) for test in texts):
-        return column
-    try:
-        return column.cast(pa.string())
-    except pa.ArrowInvalid as error:
-        raise BadRequest(f"column {name!r} holds bytes that are no UTF-8 text ({error}); use another") from error
-
-
 def _join_ids(parts: Sequence[Any], names: Sequence[str]) -> Any:
     """Return ids as stripped strings, "" where any part is missing."""
     texts = [_as_text(part, name) for part, name in zip(parts, names, strict=True)]
@@ -669,7 +372,7 @@ def _join_ids(parts: Sequence[Any], names: Sequence[str]) -> Any:
 
 def _as_text(column: Any, name: str) -> Any:
     """Return an id column as stripped text, null where it is empty."""
-    column = _plain(column, name)
+    column = plain_text(column, name)
     kind = column.type
     if pa.types.is_floating(kind):
         # An id that went through a float has lost digits.
@@ -678,12 +381,12 @@ def _as_text(column: Any, name: str) -> Any:
     if not known and not (pa.types.is_decimal(kind) and kind.scale == 0):
         raise BadRequest(f"id column {name!r} holds {kind}, which is neither text nor integers; use another")
     text = pc.utf8_trim_whitespace(pc.utf8_rtrim(column.cast(pa.string()), characters="\0"))
-    return _null_where(pc.equal(text, ""), text)
+    return null_where(pc.equal(text, ""), text)
 
 
 def _numbers(column: Any, name: str, unit: str, target: str) -> Any:
     """Return float64 values in the unit `target`, null where missing or not finite."""
-    column = _plain(column, name)
+    column = plain_text(column, name)
     factor = _factor(unit, target)
     if pa.types.is_string(column.type):
         column = _parse(column, name)
@@ -696,13 +399,13 @@ def _numbers(column: Any, name: str, unit: str, target: str) -> Any:
     values = column.cast(pa.float64(), safe=False)
     if factor != 1:
         values = pc.multiply(values, factor)
-    return _null_where(pc.invert(pc.is_finite(values)), values)
+    return null_where(pc.invert(pc.is_finite(values)), values)
 
 
 def _parse(text: Any, name: str) -> Any:
     """Return the numbers that a text column spells."""
     text = pc.utf8_trim_whitespace(text)
-    text = _null_where(pc.is_in(pc.utf8_lower(text), value_set=pa.array(_NO_NUMBER)), text)
+    text = null_where(pc.is_in(pc.utf8_lower(text), value_set=pa.array(NO_NUMBER)), text)
     try:
         return text.cast(pa.float64())
     except pa.ArrowInvalid as error:
@@ -737,46 +440,7 @@ def _factor(unit: str, target: str) -> float | None:
 
 def _tidy(column: Any, name: str) -> Any:
     """Return a carried column: text stripped, null where masked or not finite."""
-    column = _plain(column, name)
+    column = plain_text(column, name)
     if pa.types.is_string(column.type):
         return pc.utf8_trim_whitespace(column)
-    return _null_where(pc.invert(pc.is_finite(column)), column) if pa.types.is_floating(column.type) else column
-
-
-# Between astropy and Arrow.
-
-
-def _to_arrow(column: Any) -> pa.Array:
-    """Return an astropy column of one value per row in native byte order; masked values become null."""
-    values = np.asarray(column)
-    if values.ndim != 1:
-        raise BadRequest(f"column {column.name!r} holds arrays; name one with a single value per row")
-    mask = np.broadcast_to(np.asarray(getattr(column, "mask", False)), values.shape)
-    if values.dtype.kind == "O":
-        texts = [None if gone else _decoded(value) for gone, value in zip(mask, values, strict=True)]
-        return pa.array(texts, pa.string())
-    if values.dtype.kind == "S":
-        return pa.array(np.ascontiguousarray(values), mask=mask)
-    return pa.array(values.astype(values.dtype.newbyteorder("=")), mask=mask)
-
-
-def _decoded(value: object) -> str | None:
-    if value is None:
-        return None
-    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
-
-
-def _from_arrow(column: pa.ChunkedArray, name: str) -> Any:
-    """Return an astropy column; nulls become masked. Bytes stay bytes: they may be pictures."""
-    if not pa.types.is_binary(column.type) and not pa.types.is_large_binary(column.type):
-        column = _plain(column, name)
-    if pa.types.is_null(column.type):
-        column = column.cast(pa.string())
-    mask = column.is_null().to_numpy()
-    if pa.types.is_string(column.type):
-        values = pc.fill_null(column, "").to_numpy().astype(str)
-    elif pa.types.is_integer(column.type) or pa.types.is_boolean(column.type):
-        values = pc.fill_null(column, pa.scalar(0).cast(column.type)).to_numpy()  # else a float, or an object
-    else:
-        values = column.to_numpy()
-    return MaskedColumn(values, mask=mask) if mask.any() else values
+    return null_where(pc.invert(pc.is_finite(column)), column) if pa.types.is_floating(column.type) else column

@@ -14,7 +14,8 @@ import pyarrow.compute as pc
 from astropy.table import Table
 from numpy.typing import NDArray
 
-from galembed.catalogues import GUESSES, read_table, source_ids
+from galembed.catalogue_files import read_table
+from galembed.catalogues import GUESSES, source_ids
 from galembed.errors import BadRequest
 from galembed.label_positions import label_positions, matches, sky_pairs
 from galembed.linear import sky_cells

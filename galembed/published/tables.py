@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from galembed.catalogues import Chosen, choose_columns, read_table, table_units
+from galembed.catalogue_files import read_table, table_units
+from galembed.catalogues import Chosen, choose_columns
 from galembed.errors import ArtifactMismatch, ArtifactNotFound, BadRequest, SchemaMismatch, UnreadableInput
 from galembed.schemas import CONTRACT_KEY, VECTORS, StoreContract, conform, embeddings_schema
 from galembed.sky import healpix_index

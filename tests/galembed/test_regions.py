@@ -278,7 +278,7 @@ RUNS: dict[str, Callable[[str, Path], list[str]]] = {
 
 @pytest.mark.parametrize("command", RUNS)
 def test_commands_take_corners_and_boxes(sky: Store, tmp_path: Path, command: str) -> None:
-    from galembed.catalogues import read_table
+    from galembed.catalogue_files import read_table
 
     inside = {f"legacy-{number}" for number in kept(sky, region=CORNERS, box=(118, 122, 30, 50))}
     out = tmp_path / "out.parquet"

@@ -274,7 +274,7 @@ def test_columns_choose_what_comes_back(store):
 
 @pytest.mark.parametrize("suffix", ["fits", "ecsv", "csv", "vot", "parquet"])
 def test_hits_are_written_by_astropy(store, tmp_path, suffix):
-    from galembed.catalogues import read_table
+    from galembed.catalogue_files import read_table
     from galembed.tables import write_table
 
     hits = store.similar("legacy-7", k=8, where="mag_r < 20", cone=(1, 2, 600000))

@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 from astropy.table import Table
 from numpy.typing import NDArray
 
-from galembed.catalogues import read_table, source_ids
+from galembed.catalogue_files import read_table
+from galembed.catalogues import source_ids
 from galembed.errors import BadRequest
 from galembed.label_positions import label_positions, matches, sky_pairs
 from galembed.questions import Question, QuestionTree, question_tree

@@ -18,7 +18,8 @@ import pyarrow.dataset as ds
 from astropy.table import MaskedColumn, Table
 from numpy.typing import NDArray
 
-from galembed.catalogues import GUESSES, read_table, source_ids
+from galembed.catalogue_files import read_table
+from galembed.catalogues import GUESSES, source_ids
 from galembed.errors import SchemaMismatch, UnreadableInput
 from galembed.files import is_url
 from galembed.questions import QuestionTree
