@@ -149,7 +149,7 @@ def embed(
         If another job is writing the store, or took it over.
     BadRequest
         If the scheduler cannot be reached or goes away, an option makes no sense, the disk is too small, more
-        sources than `max_failures` fail, or more than half of the store would be pruned.
+        sources than `max_failures` fail, none has a field of view, or more than half of the store would be pruned.
     KeyboardInterrupt
         On Ctrl-C or SIGTERM, after committing what is finished.
     """
@@ -160,6 +160,7 @@ def embed(
     precision = _numeric_class(store, precision)
     pictures = _thumbnails(store, asked=thumbnails)
     sources = source.sources()
+    sources.require_field(backbone.contract.field_of_view)
     with Lease(store) as lease:
         stored = keys(store) if store_schema(store) is not None else None
         todo = outstanding(sources, stored, retry_failed=retry_failed, keep_changed=keep_changed)
@@ -230,6 +231,7 @@ def forecast(
     precision = _numeric_class(store, precision)
     pictures = _thumbnails(store, asked=thumbnails)
     sources = source.sources()
+    sources.require_field(backbone.contract.field_of_view)
     stored = keys(store) if store_schema(store) is not None else None
     todo = outstanding(sources, stored, retry_failed=retry_failed, keep_changed=keep_changed)
     schema = _schema(backbone, source, sources.table.schema, precision, pictures)

@@ -37,10 +37,30 @@ class SourceList:
     rejected : pa.Table
         Rows that cannot be sources (a key that occurs twice, no position): SOURCES, with `stage`, `reason` and
         `message`.
+    needs_size : bool
+        Whether a source with neither `size` nor `fov` has no field of view, unless the backbone's is fixed: on a tile
+        there is no edge of the image to go by.
     """
 
     table: pa.Table
     rejected: pa.Table
+    needs_size: bool = False
+
+    def require_field(self, field: FieldOfView) -> None:
+        """Check that some source has a field of view.
+
+        Raises
+        ------
+        BadRequest
+            If none has, and so each would fail.
+        """
+        if not self.needs_size or not len(self.table) or field.side_arcsec(None) is not None:
+            return
+        if all(self.table[name].null_count == len(self.table) for name in ("size", "fov")):
+            raise BadRequest(
+                f"none of the {len(self.table):,} sources has a size, and the field of view follows it; name the "
+                "catalogue's half-light radius with --column size=COLUMN, or fix the field with --fov ARCSEC"
+            )
 
 
 class SourceReader(Protocol):

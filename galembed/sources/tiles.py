@@ -145,7 +145,8 @@ class TileReader:
             ("neighbours", assigned.neighbours),
         ):
             table = table.set_column(table.column_names.index(name), SOURCES.field(name), values)
-        return SourceList(table, pa.concat_tables([twice, unusable, self._unreadable(assigned.unreadable)]))
+        rejected = pa.concat_tables([twice, unusable, self._unreadable(assigned.unreadable)])
+        return SourceList(table, rejected, needs_size=True)
 
     def _maps(self, tiles: Iterable[TileFiles]) -> dict[str, str]:
         """Return the columns that maps of these tiles can fill, with their units."""

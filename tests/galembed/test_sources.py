@@ -247,6 +247,19 @@ def test_zero_weight_is_no_data(tmp_path: Path) -> None:
     assert cutout.coverage == pytest.approx(0.5, abs=0.03)
 
 
+def test_a_catalogue_without_any_size_is_refused_where_the_field_follows_it(tmp_path: Path) -> None:
+    write_brick(tmp_path)
+    Table({"id": ["s"], "ra": [40.0], "dec": [2.0]}).write(tmp_path / "s.fits")
+    listed = open_source(tmp_path, catalogue=tmp_path / "s.fits").sources()
+    following, fixed = FieldOfView(9.0, 8.0, 90.0), FieldOfView(0.0, 20.0, 20.0)
+    with pytest.raises(BadRequest, match=r"none of the 1 sources has a size.*--column size=COLUMN.*--fov ARCSEC"):
+        listed.require_field(following)
+    listed.require_field(fixed)
+    open_source(tmp_path, catalogue=tmp_path / "s.fits", fov="20").sources().require_field(following)
+    Table({"id": ["s", "t"], "ra": [40.0] * 2, "dec": [2.0] * 2, "shape_r": [1.0, np.nan]}).write(tmp_path / "t.fits")
+    open_source(tmp_path, catalogue=tmp_path / "t.fits").sources().require_field(following)
+
+
 def test_each_source_goes_to_the_brick_where_it_is_farthest_from_the_edge(tmp_path: Path) -> None:
     write_brick(tmp_path, "0400p020", dec=2.0)
     write_brick(tmp_path, "0400p021", dec=2.0 + 300 * SCALE / 3600)
