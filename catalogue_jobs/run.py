@@ -66,6 +66,8 @@ _OF_LOCAL_CLUSTERS: Final = {
     # What Dask keeps for its developers grows for hours: a profile of each second, and all messages, rows and all.
     "distributed.worker.profile.enabled": False,
     "distributed.admin.low-level-log-length": 20,
+    "distributed.admin.tick.interval": "500ms",
+    "distributed.worker.memory.monitor-interval": "500ms",
     # With the nanny's 64 kB every array comes from the system anew, and reading a cutout takes twice as long.
     "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None,
 }

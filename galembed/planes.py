@@ -38,6 +38,11 @@ _WCS_NUMBERS: Final = (
     *(f"{name}{axis}" for name in ("CRPIX", "CRVAL", "CDELT") for axis in (1, 2)),
     *(f"{name}{row}_{column}" for name in ("CD", "PC") for row in (1, 2) for column in (1, 2)),
 )
+_WCS_CARD: Final = re.compile(
+    # FITS 4.0, tables 22 and 25 for images; SIP; distortions by table, which are refused for want of it; IRAF's.
+    r"NAXIS|WCSAXES|C(TYPE|RPIX|RVAL|DELT|UNIT|ROTA)\d|(CD|PC|PV|PS)\d|L(ON|AT)POLE|RADE|EQUINOX|EPOCH"
+    r"|[AB]P?_(ORDER|DMAX|\d)|C[PQ](DIS|ERR)|D[PQ]\d|D2IM|AXISCORR|DVERR|WAT\d|PROJP"
+)
 _LARGEST_PIXEL_ARCSEC: Final = 600.0
 _SMALLEST_PIXEL_ARCSEC: Final = 1e-4
 _MOST_STRETCHED: Final = 20.0
@@ -384,9 +389,11 @@ def celestial_wcs(header: fits.Header) -> WCS | None:
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore", AstropyWarning)
             # wcslib takes its default for a number that is missing, or is none.
-            numbers = all(isinstance(header.get(key, 0.0), int | float) for key in _WCS_NUMBERS)
-            paired = all((f"{name}1" in header) == (f"{name}2" in header) for name in ("CRPIX", "CRVAL"))
-            wcs = WCS(header, naxis=2)
+            cards = [card for card in header.cards if _WCS_CARD.match(card.keyword)]  # WCS spells all of them thrice
+            values = {card.keyword: card.value for card in reversed(cards)}
+            numbers = all(isinstance(values.get(key, 0.0), int | float) for key in _WCS_NUMBERS)
+            paired = all((f"{name}1" in values) == (f"{name}2" in values) for name in ("CRPIX", "CRVAL"))
+            wcs = WCS(fits.Header(cards), naxis=2)
             if numbers and paired and wcs.has_celestial and _plausible(wcs):
                 if _equatorial(wcs):
                     return wcs

@@ -174,6 +174,32 @@ def test_the_oldest_spelling_of_a_rotation_is_obeyed() -> None:
     assert "PC001001" in cards
 
 
+@pytest.mark.parametrize(
+    "cards",
+    [
+        {"CDELT1": -1e-4, "CDELT2": 1e-4, "CROTA2": 30.0},
+        {"CDELT1": -1e-4, "CDELT2": 1e-4, "PC1_1": 0.8, "PC1_2": 0.6, "PC2_1": -0.6, "PC2_2": 0.8, "LONPOLE": 150.0},
+        {"CTYPE1": "RA---TPV", "CTYPE2": "DEC--TPV", "PV1_1": 1.0, "PV1_7": 0.3, "PV2_1": 1.0, "PV2_10": 0.2},
+        {"CTYPE1": "RA---TAN-SIP", "CTYPE2": "DEC--TAN-SIP", "A_ORDER": 2, "B_ORDER": 2, "A_0_2": 1e-4, "B_2_0": 3e-4},
+        {"CTYPE1": "RA---ZPN", "CTYPE2": "DEC--ZPN", "PV2_1": 1.0, "PV2_3": 4000.0},
+    ],
+)
+def test_no_card_of_the_wcs_is_passed_over(cards: dict[str, object]) -> None:
+    """astropy is given the cards of the WCS alone, and finds what it finds in the whole header."""
+    matrix = {} if "CDELT1" in cards else {"CD1_1": -1e-4, "CD1_2": 2e-5, "CD2_1": 1e-5, "CD2_2": 1e-4}
+    common = {"NAXIS": 2, "BUNIT": "nJy", "CTYPE1": "RA---TAN", "CTYPE2": "DEC--TAN", "RADESYS": "ICRS"}
+    place = {"CRPIX1": 50.5, "CRPIX2": 40.0, "CRVAL1": 150.0, "CRVAL2": 2.0}
+    header = fits.Header(common | place | matrix | cards)
+    header["HISTORY"] = "PV1_1 = 7"
+    ours = celestial_wcs(header)
+    assert ours is not None
+    places = np.random.default_rng(0).uniform(0, 100, (50, 2))
+    np.testing.assert_array_equal(ours.all_pix2world(places, 0), WCS(header, naxis=2).all_pix2world(places, 0))
+    plain = header.copy()
+    del plain[list(cards)[-1]]
+    assert np.abs(WCS(plain, naxis=2).all_pix2world(places, 0) - ours.all_pix2world(places, 0)).max() > 1e-9
+
+
 def test_an_alternate_wcs_is_never_taken() -> None:
     pixel_offsets = fits.Header({"CTYPE1A": "LINEAR", "CTYPE2A": "LINEAR", "CRVAL1A": 12000.0, "CRPIX1A": 1.0})
     assert celestial_wcs(pixel_offsets) is None
