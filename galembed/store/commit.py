@@ -40,6 +40,7 @@ from galembed.store.places import (
     is_folder,
     storage_options,
     table_uri,
+    unless_preempted,
 )
 from galembed.store.places import write_json as write_json
 
@@ -304,11 +305,15 @@ def tidy(store: str | Path, lease: Lease) -> int:
     _commit(store, lease, lambda dataset: _operation(store, dataset, (), repeated_rows(dataset)[0]))
     _drop_embedded_failures(store, lease)
     with lease.fence():
-        dataset = open_table(store, EMBEDDINGS_TABLE)
-        small = sum(fragment.count_rows() < _SMALL_ROWS for fragment in dataset.get_fragments())
-        if small >= SMALL_FRAGMENTS:
-            dataset.optimize.compact_files(target_rows_per_fragment=FRAGMENT_ROWS)
+        unless_preempted(lambda: _merge(store))
     return sweep(store, lease)
+
+
+def _merge(store: str | Path) -> None:
+    dataset = open_table(store, EMBEDDINGS_TABLE)
+    small = sum(fragment.count_rows() < _SMALL_ROWS for fragment in dataset.get_fragments())
+    if small >= SMALL_FRAGMENTS:
+        dataset.optimize.compact_files(target_rows_per_fragment=FRAGMENT_ROWS)
 
 
 @at_storage

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +16,7 @@ from galembed.store.formats import upgrade
 from galembed.store.history import committed, paired
 from galembed.store.keys import open_table
 from galembed.store.lease import Lease
-from galembed.store.places import EMBEDDINGS_TABLE, FAILURES_TABLE, at_storage, file_system
+from galembed.store.places import EMBEDDINGS_TABLE, FAILURES_TABLE, at_storage, file_system, unless_preempted
 
 KEEP: Final = timedelta(hours=1)
 """For so long a version stays after another took its place, for those who opened it."""
@@ -121,11 +122,9 @@ def compact(store: str | Path, *, keep: timedelta = KEEP) -> Compaction:
         dropped = _deleted(store)
         for table in (FAILURES_TABLE, EMBEDDINGS_TABLE):
             with lease.fence():
-                open_table(store, table).optimize.compact_files(
-                    target_rows_per_fragment=FRAGMENT_ROWS, materialize_deletions_threshold=0.0
-                )
+                unless_preempted(partial(_merge, store, table))
             with lease.fence():
-                open_table(store, table).optimize.optimize_indices()
+                unless_preempted(partial(_fold, store, table))
         removed = _clean(store, lease, keep)
         dataset = open_table(store, EMBEDDINGS_TABLE)
         return Compaction(
@@ -144,6 +143,16 @@ def compact(store: str | Path, *, keep: timedelta = KEEP) -> Compaction:
             upgraded_from=upgraded_from,
             keep=keep,
         )
+
+
+def _merge(store: str | Path, table: str) -> None:
+    open_table(store, table).optimize.compact_files(
+        target_rows_per_fragment=FRAGMENT_ROWS, materialize_deletions_threshold=0.0
+    )
+
+
+def _fold(store: str | Path, table: str) -> None:
+    open_table(store, table).optimize.optimize_indices()
 
 
 def _clean(store: str | Path, lease: Lease, keep: timedelta) -> int:

@@ -15,7 +15,7 @@ from galembed.errors import BadRequest
 from galembed.store import Store
 from galembed.store.keys import open_table
 from galembed.store.nearest import MEASURED, IndexSearch, indexed_rows, matrix, nearest_rows
-from galembed.store.places import EMBEDDINGS_TABLE, SEARCH_FILE, join, write_json
+from galembed.store.places import EMBEDDINGS_TABLE, SEARCH_FILE, join, unless_preempted, write_json
 
 EXACT_BELOW: Final = 64_000_000
 """Numbers (rows x length of the vectors) below which a store is searched exactly: 100,000 rows of 640, a scan of
@@ -157,14 +157,14 @@ def _lacking(store: Store, kind: str) -> int | None:
 
 def _fold(store: Store) -> None:
     # LanceDB's own `optimize` would also merge files and remove old versions, which readers may have open.
-    open_table(store.path, EMBEDDINGS_TABLE).optimize.optimize_indices()
+    unless_preempted(lambda: open_table(store.path, EMBEDDINGS_TABLE).optimize.optimize_indices())
 
 
 def _build_scalar_index(store: Store, column: str) -> None:
     from lancedb.index import BTree
 
     try:
-        store.table.create_index(column, config=BTree(), replace=True)
+        _create_index(store, column, BTree())
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise BadRequest(f"column {column} cannot be indexed: {reason}; name columns of numbers or text") from error
@@ -179,10 +179,18 @@ def _build_vector_index(store: Store, kind: str, rows: int) -> None:
     else:
         config = IvfRq(distance_type="cosine", num_partitions=_partitions(kind, rows), max_iterations=10)
     try:
-        store.table.create_index("vector", config=config, replace=True)
+        _create_index(store, "vector", config)
     except (ValueError, RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise BadRequest(f"LanceDB built no {kind} index on {rows} rows: {reason}; use the kind exact") from error
+
+
+def _create_index(store: Store, column: str, config: Any) -> None:
+    def create() -> None:
+        store.table.checkout_latest()
+        store.table.create_index(column, config=config, replace=True)
+
+    unless_preempted(create)
 
 
 def _partitions(kind: str, rows: int) -> int:

@@ -56,6 +56,7 @@ _PRIVATE: Final = ("secret", "token", "account_key", "sas_token")
 """What fsspec is configured with, and the environment holds, that no message may show."""
 _SECRETS: Final = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_KEY")
 
+_PREEMPTIONS: Final = 5
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -157,6 +158,23 @@ def at_storage(function: Callable[Concatenate[str | Path, _P], _R]) -> Callable[
             return function(store, *args, **kwargs)
 
     return inner
+
+
+def unless_preempted(write: Callable[[], _R]) -> _R:
+    """Merge or index a table, again where another's commit came first: Lance refuses an index beside a merge.
+
+    Parameters
+    ----------
+    write : callable
+        Opens the table and writes; it may be called several times.
+    """
+    for left in reversed(range(_PREEMPTIONS)):
+        try:
+            return write()
+        except (OSError, RuntimeError) as error:
+            if not left or "Retryable commit conflict" not in str(error):
+                raise
+    raise AssertionError("the last try returns or raises")
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 import json
 
+import lance
 import lancedb
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from galembed.commands import index
 from galembed.errors import BadRequest
 from galembed.store import EMBEDDINGS_TABLE, open_store
 from galembed.store import index as index_module
+from galembed.store.checks import verify
 from galembed.store.index import build_index
 from galembed.store.nearest import IndexSearch, indexed_rows, nearest_rows, scan_is_faster
 from tests.galembed.stores import DIM, arrow, make_store, rows
@@ -38,6 +40,27 @@ def test_what_was_measured_is_what_searches_find(tmp_path, kind):
     store = open_store(tmp_path / "s")
     ids = [f"legacy-{n}" for n in range(0, 3000, 60)]
     assert recall_at_10(store, ids) == pytest.approx(report.search.recall, abs=0.08)
+
+
+@pytest.mark.parametrize("late", [2, 4])
+def test_an_index_that_a_merge_came_before_is_built_again(tmp_path, monkeypatch, late):
+    """LanceDB refuses it at its commit; the third and the fifth look at the newest rows are the second tries."""
+    make_store(tmp_path / "s", rows(600))
+    append(tmp_path / "s", rows(600, survey="galaxy"))
+    store = open_store(tmp_path / "s")
+    newest, looks = store.table.checkout_latest, []
+
+    def newest_then_merged():
+        newest()
+        looks.append(None)
+        if len(looks) == late:
+            lance.dataset(f"{tmp_path}/s/{EMBEDDINGS_TABLE}.lance").optimize.compact_files()
+
+    monkeypatch.setattr(store.table, "checkout_latest", newest_then_merged)
+    report = build_index(store, "rq")
+    assert (report.rows, report.kind) == (1200, "rq")
+    assert verify(tmp_path / "s").indexes == ()
+    assert len(looks) == 7
 
 
 def test_higher_recall_is_searched_for_more_thoroughly(tmp_path):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import lance
+import lancedb
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -14,8 +16,8 @@ from click.testing import CliRunner
 from galembed.cli import main
 from galembed.errors import ArtifactMismatch, ArtifactNotFound, BadRequest, StoreBusy
 from galembed.schemas import STORE_FORMAT
+from galembed.store import EMBEDDINGS_TABLE, compaction, open_store
 from galembed.store import history as past
-from galembed.store import open_store
 from galembed.store.checks import verify
 from galembed.store.commit import Finished, commit, keys, prepare, prune, write_fragments
 from galembed.store.compaction import compact
@@ -132,6 +134,32 @@ def test_new_rows_are_folded_into_the_indexes(tmp_path: Path) -> None:
     assert store.status().unindexed == 0
     assert store.similar(to="other-7", k=1, exclude_self=False)["source_id"].tolist() == ["other-7"]
     assert verify(place).ok
+
+
+def test_a_compaction_that_an_index_came_before_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stores.make_store(tmp_path / "s", stores.rows(300), failures=stores.failed([]))
+    lancedb.connect(tmp_path / "s").open_table(EMBEDDINGS_TABLE).add(stores.arrow(stores.rows(300, survey="galaxy")))
+    merge, opened, tried = compaction._merge, compaction.open_table, []
+
+    def merge_too_late(store: Place, table: str) -> None:
+        def opened_then_indexed(store: Place, table: str) -> Any:
+            dataset = opened(store, table)
+            if table == EMBEDDINGS_TABLE and table not in tried:
+                opened(store, table).create_scalar_index("source_id", "BTREE")
+            return dataset
+
+        with monkeypatch.context() as patched:
+            patched.setattr(compaction, "open_table", opened_then_indexed)
+            try:
+                merge(store, table)
+            finally:
+                tried.append(table)
+
+    monkeypatch.setattr(compaction, "_merge", merge_too_late)
+    done = compact(tmp_path / "s")
+    assert tried.count(EMBEDDINGS_TABLE) == 2
+    assert (done.rows, done.fragments_before, done.fragments_after) == (600, 2, 1)
+    assert verify(tmp_path / "s").ok
 
 
 @pytest.mark.parametrize("care", [compact, lambda store: rollback(store, 2)], ids=["compact", "rollback"])
