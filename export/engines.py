@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,10 +14,10 @@ from export.int8 import Quantiser
 from export.onnx import write_graph
 from export.trials import Evidence
 from galembed.backbones import Backbone, file_digest
-from galembed.engines import EngineRecord, install
+from galembed.engines import BETWEEN, EngineRecord, install, told
 from galembed.errors import BadRequest, EmbeddingDrift
 from galembed.fidelity import TOLERANCES, Fidelity, Tolerance, Trial, compare
-from galembed.precision import BETWEEN, family_costs
+from galembed.precision import family_costs
 from galembed.progress import progress
 from galembed.runtimes.onnx import OnnxRuntime
 from galembed.runtimes.proving import DeviceRuntime
@@ -34,6 +34,9 @@ _FEW_SEARCHED: Final = 1000
 _SLOW_IN_INT8: Final = ("depthwise",)
 """Layers that ONNX Runtime takes longer for in int8 than in float32; they are sensitive besides."""
 
+_LEFT: Final = (0.1, 0.2, 0.4)  # most of the multiplications of an int8 engine that are left in float32: tried in turn
+_GONE: Final = 0.99  # of the squared error is enough
+
 
 @dataclass(frozen=True)
 class ExportReport:
@@ -46,7 +49,7 @@ class ExportReport:
     megabytes : float
         0 for torch in fewer bits, which has no file of its own.
     tried : mapping of str to Fidelity
-        All that was tried, by the layer families left in float32.
+        All that was tried, by the layers left in float32.
     """
 
     record: EngineRecord
@@ -56,7 +59,7 @@ class ExportReport:
 
     def __str__(self) -> str:
         size = f" ({self.megabytes:.1f} MB)" if self.megabytes else ""
-        kept = f", with {' and '.join(self.record.kept)} layers in float32" if self.record.kept else ""
+        kept = f", with {told(self.record.kept)} in float32" if self.record.kept else ""
         return f"{self.record.name}{size}{kept}: equal to torch {self.fidelity}"
 
 
@@ -79,8 +82,10 @@ def export_engines(
 ) -> list[ExportReport]:
     """Make, prove and install a backbone's engines of one numeric class.
 
-    One that differs too much is made again with more and more layer families in float32, those first that have the
-    smallest share of the multiplications, before it is given up.
+    One that differs too much is made again with more and more layers in float32 before it is given up: in 16 bits
+    families of layers, those first that have the smallest share of the multiplications; in int8 single layers, those
+    first that add the most error for their share. int8 begins with a tenth of the multiplications, or less where that
+    takes 99% of the error away.
 
     Parameters
     ----------
@@ -140,15 +145,12 @@ class _Workshop:
         self.settings: dict[str, object] = {"proved_on": evidence.sources}
         self.few = evidence.trial.part(_FEW_IMAGES, _FEW_SEARCHED)
         self.tried: dict[str, Fidelity] = {}
-        self._make: Callable[[tuple[str, ...]], Path | None] = self._graph if engine_format == "onnx" else self._nothing
-        if precision == "int8":
-            self._make = self._int8()
+        self._quantiser = self._calibrated() if precision == "int8" else None
 
     def export(self) -> ExportReport:
-        """Install the first engine that is good enough, with more and more layers in float32, the cheapest first."""
+        """Install the first engine that is good enough, with more and more layers in float32."""
         always, families = self._families()
-        for count in range(max(1, len(families))):
-            kept = (*always, *families[:count])
+        for kept in self._layers(always) or [(*always, *families[:count]) for count in range(max(1, len(families)))]:
             candidate = self.build(kept)
             if self._hopeless(candidate, kept):
                 continue
@@ -177,15 +179,25 @@ class _Workshop:
         always = tuple(family for family in _SLOW_IN_INT8 if self.precision == "int8" and family in costs)
         return always, tuple(sorted(costs.keys() - set(always), key=lambda family: costs[family]))
 
+    def _layers(self, always: tuple[str, ...]) -> list[tuple[str, ...]]:
+        """Return what to leave of an int8 engine in float32, more and more of it; nothing for other engines."""
+        if self._quantiser is None:
+            return []
+        families = {layer.path: layer.family for layer in self._quantiser.layers if layer.family not in always}
+        with progress(f"{self.name}: the error of each layer", len(families), quiet=self.quiet) as advance:
+            errors = self._quantiser.errors(always, advance)
+        chosen = (most_for_least(errors, self._quantiser.costs(), share, _GONE) for share in _LEFT)
+        return list(dict.fromkeys((*always, *_gathered(paths, families)) for paths in chosen))
+
     def compared(self, candidate: _Candidate, trial: Trial, kept: Sequence[str]) -> Fidelity:
         """Compare an engine with torch."""
         total = len(trial.truth.norms) + (len(trial.gallery_truth.norms) if trial.gallery_truth else 0)
-        what = f"{self.name} with {', '.join(kept)} in float32" if kept else self.name
+        what = f"{self.name} with {told(kept)} in float32" if kept else self.name
         with progress(what, total, quiet=self.quiet) as advance:
             return compare(candidate.runtime, trial, advance)
 
     def build(self, kept: tuple[str, ...]) -> _Candidate:
-        """Make an engine with these layer families in float32."""
+        """Make an engine with these layers in float32."""
         file = self._make(kept)
         record = EngineRecord(
             name=self.name,
@@ -217,27 +229,21 @@ class _Workshop:
         file = report.with_name(record.file) if record.file else None
         return ExportReport(record, fidelity, file.stat().st_size / 1e6 if file else 0.0, self.tried)
 
-    def _nothing(self, kept: tuple[str, ...]) -> None:
-        return None
-
-    def _graph(self, kept: tuple[str, ...]) -> Path:
+    def _make(self, kept: tuple[str, ...]) -> Path | None:
+        if self.format == "torch":
+            return None
         file = self.folder / f"{self.name}.onnx"
-        self.settings["opset"] = write_graph(self.backbone, file, precision=self.precision, kept=kept)
+        if self._quantiser is not None:
+            self._quantiser.write(file, kept)
+        else:
+            self.settings["opset"] = write_graph(self.backbone, file, precision=self.precision, kept=kept)
         return file
 
-    def _int8(self) -> Callable[[tuple[str, ...]], Path]:
-        """Find the ranges, and return what quantises."""
-        graph, file = self.folder / "rows.onnx", self.folder / f"{self.name}.onnx"
-        opset = write_graph(self.backbone, graph, rows=True)
+    def _calibrated(self) -> Quantiser:
+        graph = self.folder / "rows.onnx"
         (kind, images), *_ = self.evidence.calibration.items()
-        self.settings |= {"opset": opset, "calibration_images": len(images)}
-        quantiser = Quantiser(graph, self.backbone, images, kind)
-
-        def make(kept: tuple[str, ...]) -> Path:
-            quantiser.write(file, kept)
-            return file
-
-        return make
+        self.settings |= {"opset": write_graph(self.backbone, graph, rows=True), "calibration_images": len(images)}
+        return Quantiser(graph, self.backbone, images, kind)
 
     def _refusal(self, always: Sequence[str], families: Sequence[str]) -> str:
         """Return why nothing is installed, with what each family alone in float32 gives where that is of use."""
@@ -245,9 +251,9 @@ class _Workshop:
         if len(families) < 2:
             return text
         found = dict(self.tried)
-        for family in families[1:]:
-            kept = (*always, family)
-            found[_words(kept)] = self.compared(self.build(kept), self.few, kept)
+        for kept in [(*always, family) for family in families]:
+            if _words(kept) not in found:
+                found[_words(kept)] = self.compared(self.build(kept), self.few, kept)
         rows = "\n".join(
             f"  {f'{name}, {one.images:,} images':<52} {one.cosine_p1:>9.6f} {one.overlap:>8.4f}"
             for name, one in found.items()
@@ -257,8 +263,41 @@ class _Workshop:
         )
 
 
+def most_for_least(
+    errors: Mapping[str, float], costs: Mapping[str, float], most: float, enough: float
+) -> tuple[str, ...]:
+    """Return layers that much of the error is from, those first that add the most for what they cost.
+
+    Parameters
+    ----------
+    errors, costs : mapping of str to float
+        Of each layer.
+    most : float
+        That they may cost together.
+    enough : float
+        Share of the error; no more layers are taken once they have it.
+    """
+    chosen: list[str] = []
+    left, spent = sum(errors.values()), 0.0
+    remains = (1 - enough) * left
+    for path in sorted(errors, key=lambda path: errors[path] / costs[path], reverse=True):
+        if left <= remains:
+            break
+        if spent + costs[path] <= most:
+            chosen.append(path)
+            left -= errors[path]
+            spent += costs[path]
+    return tuple(chosen)
+
+
+def _gathered(paths: Collection[str], families: Mapping[str, str]) -> tuple[str, ...]:
+    """Return layers, those of a family by its name where all are there."""
+    whole = set(families.values()) - {families[path] for path in families.keys() - set(paths)}
+    return (*sorted(whole), *(path for path in paths if families[path] not in whole))
+
+
 def _words(kept: Sequence[str]) -> str:
-    return " + ".join(kept) or "nothing"
+    return told(kept) or "nothing"
 
 
 def _versions() -> dict[str, str]:

@@ -7,14 +7,15 @@ than float32. What keeps the vectors close:
 - ranges are those of the least squared error;
 - channels between a norm and a linear layer are evened out, which changes nothing in float32 (SmoothQuant, Xiao et al.
   2022, arXiv:2211.10438);
-- what rounding adds to a layer's output in the mean is taken off its bias (Nagel et al. 2019, arXiv:1906.04721).
+- what rounding adds to a layer's output in the mean is taken off its bias (Nagel et al. 2019, arXiv:1906.04721);
+- the few layers that most of the error is from can be left in float32: what each adds alone is measured.
 """
 
 from __future__ import annotations
 
 import ast
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -28,11 +29,13 @@ from onnx import helper, numpy_helper
 from galembed.backbones import Backbone
 from galembed.errors import BadRequest
 from galembed.precision import layer_families
+from galembed.progress import Advance
 from galembed.runtimes.protocol import doors
 from galembed.runtimes.torch import load_network
 
 _AT_ONCE: Final = 8
 _ROWS: Final = 16
+_IMAGES: Final = 32  # that the error of each layer alone is measured on
 _BINS: Final = 4096
 _SHARES: Final = (0.25, 0.5, 0.75)
 _MOST: Final = np.iinfo(np.int32).max
@@ -48,8 +51,10 @@ class Layer:
     Attributes
     ----------
     node : str
+    path : str
+        Of the encoder's module.
     family : str
-        Of `galembed.precision.FAMILIES`.
+        Of `galembed.engines.FAMILIES`.
     source, result : str
         Tensors that it takes and gives in 8 bits; no result where its sums are handed on in float32.
     weight, bias : str
@@ -59,6 +64,7 @@ class Layer:
     """
 
     node: str
+    path: str
     family: str
     source: str
     result: str
@@ -98,8 +104,9 @@ class Quantiser:
     def __init__(self, graph: Path, backbone: Backbone, images: NDArray[Any], kind: str) -> None:
         self._model = onnx.load(graph)
         self._constants = _constants(self._model)
+        self._images, self._kind = images[:_IMAGES], kind
         self.layers = graph_layers(self._model, backbone)
-        self._rows = _observed(self._model, self.layers, images, kind)
+        self._rows, self._places = _observed(self._model, self.layers, images, kind)
         for layer in self.layers:
             if layer.norm:
                 self._even_out(layer)
@@ -110,16 +117,43 @@ class Quantiser:
                 self._grids[layer.result] = grid(self._rows[layer.result])
 
     def write(self, out: Path, kept: Collection[str] = ()) -> None:
-        """Write the graph with all layers in int8 but those of the families `kept`.
+        """Write the graph with all layers in int8 but those `kept`, families or paths of single layers.
 
         Raises
         ------
         BadRequest
             If there is no other layer.
         """
-        chosen = [layer for layer in self.layers if layer.family not in kept]
+        chosen = [layer for layer in self.layers if not {layer.family, layer.path} & set(kept)]
         if not chosen:
             raise BadRequest(f"{out.name} would have no layer in int8, but for {', '.join(kept) or 'none'}; use fp32")
+        onnx.save(self._rounded(chosen), out)
+
+    def costs(self) -> dict[str, float]:
+        """Return the share of each layer in the multiplications of all, by path."""
+        found: dict[str, float] = {}
+        for layer in self.layers:
+            products = self._places[layer.result or layer.source] * self._constants[layer.weight].size
+            found[layer.path] = found.get(layer.path, 0.0) + products
+        whole = sum(found.values())
+        return {path: products / whole for path, products in found.items()}
+
+    def errors(self, kept: Collection[str] = (), advance: Advance = lambda count: None) -> dict[str, float]:
+        """Return what rounding each layer alone adds to the vectors, by path, but for those of the families `kept`.
+
+        It is the mean square of what is added, over that of vectors about their mean: errors of layers add up.
+        """
+        paths = dict.fromkeys(layer.path for layer in self.layers if layer.family not in kept)
+        truth = self._vectors(self._rounded([]))
+        spread = float(np.square(truth - truth.mean(axis=0)).sum())
+        found = {}
+        for path in paths:
+            vectors = self._vectors(self._rounded([layer for layer in self.layers if layer.path == path]))
+            found[path] = float(np.square(vectors - truth).sum()) / max(spread, 1e-30)
+            advance(1)
+        return found
+
+    def _rounded(self, chosen: Collection[Layer]) -> onnx.ModelProto:
         model = copy.deepcopy(self._model)
         writer = _Writer(model, dict(self._constants))
         results = {layer.result for layer in chosen if layer.result}
@@ -129,7 +163,12 @@ class Quantiser:
             writer.round(tensor, self._grids[tensor], users)
         for layer in chosen:
             self._quantise(writer, layer)
-        onnx.save(writer.finished(), out)
+        return writer.finished()
+
+    def _vectors(self, model: onnx.ModelProto) -> Floats:
+        session = _session(model)
+        parts = [session.run(["vector"], inputs)[0] for inputs in _inputs(self._images, self._kind)]
+        return np.concatenate(parts)
 
     def _quantise(self, writer: _Writer, layer: Layer) -> None:
         source, rows, weight = self._grids[layer.source], self._rows[layer.source], self._constants[layer.weight]
@@ -275,7 +314,7 @@ def mean_output(weight: NDArray[np.floating[Any]], rows: Floats) -> NDArray[np.f
 
 def graph_layers(model: onnx.ModelProto, backbone: Backbone) -> tuple[Layer, ...]:
     """Return the convolutions and ``Gemm`` of a backbone's encoder that have constant weights."""
-    families = {f"encoder.{path}": family for path, family in layer_families(load_network(backbone).encoder).items()}
+    families = layer_families(load_network(backbone).encoder)
     constants = _constants(model)
     makers = {output: node for node in model.graph.node for output in node.output}
     users: dict[str, list[onnx.NodeProto]] = {}
@@ -284,8 +323,9 @@ def graph_layers(model: onnx.ModelProto, backbone: Backbone) -> tuple[Layer, ...
             users.setdefault(name, []).append(node)
     found = []
     for node in model.graph.node:
-        family = next((families[scope] for scope in reversed(_scopes(node)) if families.get(scope)), "")
-        if not family or node.op_type not in ("Conv", "Gemm") or node.input[1] not in constants:
+        scopes = (scope.removeprefix("encoder.") for scope in reversed(_scopes(node)) if scope.startswith("encoder."))
+        path = next((scope for scope in scopes if scope in families), "")
+        if not path or node.op_type not in ("Conv", "Gemm") or node.input[1] not in constants:
             continue
         result = norm = ""
         if node.op_type == "Conv":
@@ -295,7 +335,7 @@ def graph_layers(model: onnx.ModelProto, backbone: Backbone) -> tuple[Layer, ...
         else:
             norm = _norm_before(node.input[0], makers, users)
         bias = node.input[2] if len(node.input) > 2 else ""
-        found.append(Layer(node.name, family, node.input[0], result, node.input[1], bias, norm))
+        found.append(Layer(node.name, path, families[path], node.input[0], result, node.input[1], bias, norm))
     return tuple(found)
 
 
@@ -309,25 +349,38 @@ def _norm_before(tensor: str, makers: dict[str, onnx.NodeProto], users: dict[str
     return maker.name if alone and maker is not None and maker.op_type == "LayerNormalization" else ""
 
 
-def _observed(model: onnx.ModelProto, layers: Collection[Layer], images: NDArray[Any], kind: str) -> dict[str, Floats]:
-    """Return what the layers take and give at some places of each image, as rows of channels."""
+def _observed(
+    model: onnx.ModelProto, layers: Collection[Layer], images: NDArray[Any], kind: str
+) -> tuple[dict[str, Floats], dict[str, float]]:
+    """Return what layers take and give at some places of each image, as rows of channels; and the number of places."""
     model = copy.deepcopy(model)
     channels_first = {name: bool(layer.result) for layer in layers for name in (layer.source, layer.result) if name}
     del model.graph.output[:]
     model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in channels_first)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = _session(model)
     rng = np.random.default_rng(0)
     parts: dict[str, list[Floats]] = {name: [] for name in channels_first}
-    for start in range(0, len(images), _AT_ONCE):
-        batch = np.ascontiguousarray(images[start : start + _AT_ONCE])
-        inputs = dict(zip(("flux", "display"), doors(batch, kind), strict=True))
+    places = dict.fromkeys(channels_first, 0.0)
+    for inputs in _inputs(images, kind):
+        count = sum(map(len, inputs.values()))
         for name, value in zip(channels_first, session.run(list(channels_first), inputs), strict=True):
             rows = np.moveaxis(value, 1, -1) if channels_first[name] else value
             rows = rows.reshape(-1, rows.shape[-1])
-            parts[name].append(rows[rng.integers(0, len(rows), _ROWS * len(batch))])
-    return {name: np.concatenate(part) for name, part in parts.items()}
+            parts[name].append(rows[rng.integers(0, len(rows), _ROWS * count)])
+            places[name] = len(rows) / count
+    return {name: np.concatenate(part) for name, part in parts.items()}, places
+
+
+def _session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _inputs(images: NDArray[Any], kind: str) -> Iterator[dict[str, NDArray[Any]]]:
+    for start in range(0, len(images), _AT_ONCE):
+        batch = np.ascontiguousarray(images[start : start + _AT_ONCE])
+        yield dict(zip(("flux", "display"), doors(batch, kind), strict=True))
 
 
 def _scopes(node: onnx.NodeProto) -> list[str]:

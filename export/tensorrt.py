@@ -72,7 +72,7 @@ def export_tensorrt(
     sm : sequence of int
         Compute capabilities without the point, such as 86 for 8.6; this machine's GPU unless given.
     kept : collection of str
-        Layer families (`galembed.precision.FAMILIES`) that stay in float32.
+        Layer families (`galembed.engines.FAMILIES`) that stay in float32.
     tolerance : Tolerance, optional
         That of the precision unless given.
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from galembed.backbones import Backbone, FieldOfView, builtin_path
-from galembed.engines import read_engines
+from galembed.engines import read_engines, told
 from galembed.errors import ArtifactMismatch
 
 WIDTH: Final = 100
@@ -140,7 +140,7 @@ def _engine_state(engine: Mapping[str, Any]) -> str:
         return f"cannot be read: {engine['fault']}"
     if not engine["current"]:
         return "of another state; export again"
-    kept = f" ({', '.join(engine['kept'])} in fp32)" if engine["kept"] else ""
+    kept = f" ({told(engine['kept'])} in fp32)" if engine["kept"] else ""
     found = {key: value for key, value in engine["fidelity"].items() if value is not None}
     places = [f"on {engine['device'] or 'no device yet'}: {engine['status']}, beside torch {_value(found)}"]
     places += [f"on {device}: {there['status']}" for device, there in engine["elsewhere"].items()]

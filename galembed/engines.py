@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -19,6 +19,12 @@ GPU: Final = "GPU "
 """What the names of devices begin with that are no processors."""
 
 STATUSES: Final = ("verified", "unverified", "refused")
+
+FAMILIES: Final = ("stem", "norm", "depthwise", "conv", "attention", "linear")
+"""Kinds of layer that can be left in float32 where fewer bits change the vectors too much."""
+
+BETWEEN: Final = "between"
+"""What layers hand on to each other, the sums of residual networks and the norms; can be left in float32 together."""
 
 ENGINE_FORMAT: Final = 2
 """Of an engine's report."""
@@ -44,7 +50,7 @@ class EngineRecord:
         ``verified``; ``unverified`` where it could not be run on the machine that made it; ``refused`` where it was run
         later and differed from torch.
     kept : tuple of str
-        Layer families (`galembed.precision.FAMILIES`) left in float32.
+        Left in float32: layer families (`FAMILIES`), and of int8 single layers by their path.
     fidelity, tolerance : mapping
         How it compares with torch in float32 (`galembed.fidelity`), and what it may differ by.
     settings : mapping
@@ -121,6 +127,14 @@ class EngineRecord:
                 f"{file} is missing or not the engine that was verified; run `galembed export` again"
             )
         return file
+
+
+def told(kept: Collection[str]) -> str:
+    """Return what was left in float32 in words: families by name, and the number of single layers."""
+    names = [name for name in kept if name in (*FAMILIES, BETWEEN)]
+    single = len(kept) - len(names)
+    names += [f"{single} layer{'s' * (single > 1)}"] * (single > 0)
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def read_engine(report: Path) -> EngineRecord:

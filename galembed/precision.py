@@ -8,14 +8,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from galembed.engines import BETWEEN, FAMILIES
 from galembed.errors import BadRequest
 from galembed.network import GalaxyNetwork
-
-FAMILIES: Final = ("stem", "norm", "depthwise", "conv", "attention", "linear")
-"""Kinds of layer that can be left in float32 where fewer bits change the vectors too much."""
-
-BETWEEN: Final = "between"
-"""What layers hand on to each other, the sums of residual networks and the norms; can be left in float32 together."""
 
 DTYPES: Final = {"fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from export.engines import ExportReport, export_engines
+from export.engines import ExportReport, export_engines, most_for_least
 from export.trials import Evidence, gather
 from galembed.backbones import Backbone, load_backbone
 from galembed.cli import main
-from galembed.engines import read_engine
+from galembed.engines import BETWEEN, read_engine
 from galembed.errors import BadRequest, EmbeddingDrift
 from galembed.fidelity import TOLERANCES, Fidelity, Tolerance, make_trial
 from galembed.precision import family_costs
@@ -89,25 +89,47 @@ def test_fewer_bits_of_torch_are_an_engine_without_a_file(copy: Backbone, eviden
     assert 0.99 < reports[-1].fidelity.cosine_p1 < 1
 
 
-def test_the_cheapest_layers_are_left_in_float32_first(copy: Backbone, evidence: Evidence) -> None:
-    worst = exported(copy, "int8", evidence, ANYTHING).fidelity
-    midway = Tolerance(worst.cosine_p1 + 0.25 * (1 - worst.cosine_p1), 0.0, np.inf, np.inf, np.inf)
-    mixed = exported(copy, "int8", evidence, midway)
-    assert len(mixed.record.kept) > 1
-    assert mixed.fidelity.cosine_p1 >= midway.cosine_p1
+def midway(worst: Fidelity) -> Tolerance:
+    return Tolerance(worst.cosine_p1 + 0.25 * (1 - worst.cosine_p1), 0.0, np.inf, np.inf, np.inf)
+
+
+def test_in_16_bits_the_cheapest_layers_are_left_in_float32_first(copy: Backbone, evidence: Evidence) -> None:
+    worst = exported(copy, "bf16", evidence, ANYTHING).fidelity
+    mixed = exported(copy, "bf16", evidence, midway(worst))
     costs = family_costs(load_network(copy), copy.contract.size)
-    costs.pop("norm")
-    cheapest = ["depthwise", *sorted(costs.keys() - {"depthwise"}, key=lambda name: costs[name])]
+    costs = {BETWEEN: costs.pop("norm")} | costs
+    cheapest = sorted(costs, key=lambda name: costs[name])
+    assert mixed.record.kept
     assert list(mixed.record.kept) == cheapest[: len(mixed.record.kept)]
-    assert list(mixed.tried) == [" + ".join(cheapest[:count]) for count in range(1, len(mixed.record.kept) + 1)]
+    assert mixed.fidelity.cosine_p1 >= midway(worst).cosine_p1
+    assert read_engine(copy.engines / "torch-bf16.json").kept == mixed.record.kept
+
+
+def test_in_int8_layers_are_left_in_float32_until_it_is_good_enough(copy: Backbone, evidence: Evidence) -> None:
+    first = exported(copy, "int8", evidence, ANYTHING)
+    mixed = exported(copy, "int8", evidence, midway(first.fidelity))
+    assert first.record.kept[0] == "depthwise"
+    assert len(first.tried) == 1 < len(mixed.tried)
+    assert mixed.fidelity.cosine_p1 >= midway(first.fidelity).cosine_p1
     assert read_engine(copy.engines / "onnx-int8.json").kept == mixed.record.kept
 
 
+def test_the_layers_left_in_float32_are_those_that_bring_most_for_what_they_cost() -> None:
+    errors = {"a": 8.0, "b": 1.0, "c": 90.0, "d": 0.5, "e": 0.5}
+    costs = {"a": 0.02, "b": 0.01, "c": 0.5, "d": 0.005, "e": 0.4}
+    assert most_for_least(errors, costs, 0.1, 0.99) == ("a", "b", "d")  # d and b alike for their cost, c too dear
+    assert most_for_least(errors, costs, 0.025, 0.99) == ("a", "d")
+    assert most_for_least(errors, costs, 0.6, 0.97) == ("a", "c")
+    assert most_for_least(errors, costs, 1.0, 1.0) == ("a", "c", "b", "d", "e")
+    assert most_for_least({}, {}, 0.1, 0.99) == ()
+    assert most_for_least({"a": 0.0}, {"a": 1.0}, 1.0, 0.99) == ()
+
+
 def test_what_was_tried_is_told_when_nothing_helps(copy: Backbone, evidence: Evidence) -> None:
-    with pytest.raises(
-        EmbeddingDrift, match=r"(?s)onnx-int8 differs .* left in float32, .*\n +depthwise, .*\n +depthwise \+ stem, "
-    ):
+    with pytest.raises(EmbeddingDrift, match=r"(?s)onnx-int8 differs .* left in float32, .*\n +depthwise.*,") as caught:
         exported(copy, "int8", evidence, NOTHING)
+    for family in ("stem", "conv", "linear"):
+        assert f"\n  depthwise and {family}, 40 images " in str(caught.value)
     assert not list(copy.engines.iterdir())
 
 

@@ -16,6 +16,8 @@ from galembed.backbones import Backbone
 from galembed.errors import BadRequest
 from galembed.mappings import LEGACY_DR2
 from galembed.network import GalaxyNetwork
+from galembed.precision import family_costs
+from galembed.runtimes.torch import load_network
 
 
 @pytest.fixture
@@ -31,6 +33,12 @@ def network(architecture: str) -> GalaxyNetwork:
     for parameter in made.parameters():  # layer scales begin as nothing
         torch.nn.init.normal_(parameter, 0.1, 0.3)
     return made.eval()
+
+
+def vectors_of(file: Path, images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    display = np.zeros((0, 3, 32, 32), np.uint8)
+    return np.asarray(session.run(["vector"], {"flux": images, "display": display})[0])
 
 
 def rounding_error(rows: np.ndarray[Any, Any], steps: Grid) -> float:
@@ -85,12 +93,42 @@ def test_layers_left_in_float32_are_what_they_were(
     write_graph(tiny_backbone, graph, rows=True)
     quantiser = Quantiser(graph, tiny_backbone, images, "flux")
     quantiser.write(made, ("stem", "depthwise", "linear"))
-    vectors = []
-    for file in (graph, made):
-        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-        display = np.zeros((0, 3, 32, 32), np.uint8)
-        vectors.append(session.run(["vector"], {"flux": images, "display": display})[0])
-    assert (vectors[0] * vectors[1]).sum(axis=1).min() > 0.999
+    assert (vectors_of(graph, images) * vectors_of(made, images)).sum(axis=1).min() > 0.999
+
+
+def test_the_share_of_each_layer_is_that_of_its_family(
+    tiny_backbone: Backbone, tmp_path: Path, images: np.ndarray[Any, Any]
+) -> None:
+    graph = tmp_path / "rows.onnx"
+    write_graph(tiny_backbone, graph, rows=True)
+    quantiser = Quantiser(graph, tiny_backbone, images, "flux")
+    families = {layer.path: layer.family for layer in quantiser.layers}
+    found: dict[str, float] = {}
+    for path, share in quantiser.costs().items():
+        found[families[path]] = found.get(families[path], 0.0) + share
+    truth = family_costs(load_network(tiny_backbone), tiny_backbone.contract.size)
+    truth.pop("norm")
+    assert found == pytest.approx({name: share / sum(truth.values()) for name, share in truth.items()})
+
+
+def test_what_single_layers_add_is_what_all_add_together(
+    tiny_backbone: Backbone, tmp_path: Path, images: np.ndarray[Any, Any]
+) -> None:
+    graph, made = tmp_path / "rows.onnx", tmp_path / "int8.onnx"
+    write_graph(tiny_backbone, graph, rows=True)
+    quantiser = Quantiser(graph, tiny_backbone, images, "flux")
+    errors = quantiser.errors(("depthwise",))
+    assert errors.keys() == {layer.path for layer in quantiser.layers if layer.family != "depthwise"}
+    quantiser.write(made, ("depthwise",))
+    all_in_float32, all_in_int8 = vectors_of(graph, images), vectors_of(made, images)
+    spread = np.square(all_in_float32 - all_in_float32.mean(axis=0)).sum()
+    together = float(np.square(all_in_int8 - all_in_float32).sum() / spread)
+    assert 0 < 0.5 * together < sum(errors.values()) < 2 * together
+
+    worst = max(errors, key=lambda path: errors[path])
+    quantiser.write(made, ("depthwise", worst))
+    without = float(np.square(vectors_of(made, images) - all_in_float32).sum() / spread)
+    assert without == pytest.approx(together - errors[worst], rel=0.5)
 
 
 def test_a_range_covers_what_is_common_and_holds_zero() -> None:

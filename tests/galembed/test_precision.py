@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from galembed.backbones import Backbone
+from galembed.engines import BETWEEN, FAMILIES, told
 from galembed.errors import BadRequest
-from galembed.precision import FAMILIES, family_costs, layer_families, lower
+from galembed.precision import family_costs, layer_families, lower
 from galembed.runtimes.torch import load_network
 
 
@@ -62,3 +63,17 @@ def test_an_unknown_family_or_precision_is_refused(tiny_backbone: Backbone) -> N
         lower(load_network(tiny_backbone), "fp16", {"nose"})
     with pytest.raises(BadRequest, match="torch runs no network in 'int8'"):
         lower(load_network(tiny_backbone), "int8")
+
+
+@pytest.mark.parametrize(
+    ("kept", "words"),
+    [
+        ((), ""),
+        (("stem",), "stem"),
+        (("depthwise", BETWEEN), "depthwise and between"),
+        (("depthwise", "stem", "stages.1.downsample.1"), "depthwise, stem and 1 layer"),
+        (("blocks.0.mlp.fc1", "blocks.0.mlp.fc2"), "2 layers"),
+    ],
+)
+def test_what_is_left_in_float32_in_words(kept: tuple[str, ...], words: str) -> None:
+    assert told(kept) == words
