@@ -158,6 +158,10 @@ class _Kernels:
         self.config.dynamic_shapes_kernel_specialization_strategy = (
             library.api.DynamicShapesKernelSpecializationStrategy.EAGER
         )
+        # A size's kernels are launched as one: https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/
+        # inference-library/work-with-cuda-graphs.html. A lane's buffers stay where they are, so that nothing is
+        # captured twice.
+        self.config.cuda_graph_strategy = library.api.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         self._cache = self.config.create_runtime_cache()
         if self._file.exists():
             self._cache.deserialize(self._file.read_bytes())  # takes nothing of another GPU, driver or version

@@ -67,6 +67,13 @@ def test_a_built_plan_says_what_it_is(copy: Backbone, rtx: Library, precision: s
     assert "compute capability 8.6, not proved yet" in str(report)
 
 
+def test_what_its_runtime_is_told_is_known_to_it(rtx: Library) -> None:
+    for name in ("cuda_graph_strategy", "dynamic_shapes_kernel_specialization_strategy"):
+        assert isinstance(getattr(rtx.api.IRuntimeConfig, name), property)
+    assert rtx.api.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+    assert rtx.api.DynamicShapesKernelSpecializationStrategy.EAGER
+
+
 def test_tensorrts_own_first_bytes_agree_with_the_header(copy: Backbone, rtx: Library) -> None:
     """Its magic, version and a bit for each compute capability; NVIDIA documents none of it."""
     reports = export_tensorrt(copy, sm=(86, 89, 120))

@@ -37,7 +37,9 @@ class Cache:
 
 
 class Config:
-    dynamic_shapes_kernel_specialization_strategy = "lazy"
+    """Takes what TensorRT for RTX has, and nothing else."""
+
+    __slots__ = ("cache", "cuda_graph_strategy", "dynamic_shapes_kernel_specialization_strategy")
 
     def create_runtime_cache(self) -> Cache:
         return Cache()
@@ -111,6 +113,10 @@ def fake_tensorrt(backbone: Backbone, flavour: str = "tensorrt-rtx") -> Library:
             self._log.log(Logger.ERROR, "magic tag does not match\n")
             return None
 
-    eager = SimpleNamespace(EAGER="eager")
-    api = SimpleNamespace(ILogger=Logger, Runtime=Runtime, DynamicShapesKernelSpecializationStrategy=eager)
+    api = SimpleNamespace(
+        ILogger=Logger,
+        Runtime=Runtime,
+        DynamicShapesKernelSpecializationStrategy=SimpleNamespace(EAGER="eager"),
+        CudaGraphStrategy=SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole"),
+    )
     return Library(flavour, VERSION, api)

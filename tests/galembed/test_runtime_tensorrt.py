@@ -241,6 +241,12 @@ class TestOnAFakeGpu(RuntimeContract):
         open_runtime(exported, "tensorrt").embed(exported.samples()["flux"], "flux")
         assert file.read_bytes() == b"kk"
 
+    def test_kernels_are_compiled_before_they_run_and_launched_as_one(self, copy: Backbone) -> None:
+        kernels = TensorRTRuntime(copy, install_plan(copy))._kernels
+        assert kernels is not None
+        assert kernels.config.dynamic_shapes_kernel_specialization_strategy == "eager"
+        assert kernels.config.cuda_graph_strategy == "whole"
+
     def test_a_cache_that_cannot_be_written_is_no_obstacle(
         self, copy: Backbone, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
