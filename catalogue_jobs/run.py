@@ -68,7 +68,7 @@ _OF_LOCAL_CLUSTERS: Final = {
     "distributed.admin.low-level-log-length": 20,
     "distributed.admin.tick.interval": "500ms",
     "distributed.worker.memory.monitor-interval": "500ms",
-    # With the nanny's 64 kB every array comes from the system anew, and reading a cutout takes twice as long.
+    # With the nanny's 64 kB every array comes from the system anew, and reading a cutout takes 1.6 times as long.
     "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None,
 }
 
