@@ -22,7 +22,7 @@ from catalogue_jobs.partition import Timings, embed_partition
 from galembed.backbones import Backbone, load_backbone
 from galembed.errors import ArtifactMismatch, BadRequest
 from galembed.runtimes import Runtime, choose_runtime, open_runtime
-from galembed.runtimes.batches import best_batch
+from galembed.runtimes.batches import AUTO, best_batch
 from galembed.sources import SourceReader
 from galembed.store.commit import Finished, store_schema, write_fragments
 from galembed.store.keys import open_table
@@ -119,13 +119,11 @@ def worker_name() -> str:
     return f"{socket.gethostname()}:{os.getpid()}"
 
 
-def batch_task(work: Work) -> int:
+def batch_task(work: Work) -> int | None:
     """Return how many images this process's engine is given at once, measured once where that is asked for."""
-    if isinstance(work.batch, int):
+    if work.batch != AUTO:
         return work.batch
     backbone, engine = _engine(work)
-    if work.batch is None:
-        return engine.batch
     name = (engine.engine, work.reader.kind, work.engine_threads)
     with _engines_lock:
         if name not in _batches:
