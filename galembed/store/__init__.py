@@ -487,7 +487,7 @@ class Store:
                 rows, distance = nearest_rows(self.dataset, vectors, count, condition)
             else:
                 share = passing / total
-                rows, distance = indexed_rows(self.dataset, self.table, vectors, count, condition, settings, share)
+                rows, distance = indexed_rows(self.dataset, vectors, count, condition, settings, share)
         except (ValueError, RuntimeError, OSError) as error:
             raise _refused(where, error) from error
         query, place = np.nonzero(np.isfinite(distance))

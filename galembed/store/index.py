@@ -269,7 +269,7 @@ def _found(store: Store, questions: _Questions, way: IndexSearch) -> float:
     if not questions.there.any():
         return 1.0
     condition, share = questions.condition, questions.share
-    rows, distance = indexed_rows(store.dataset, store.table, questions.vectors, MEASURED, condition, way, share)
+    rows, distance = indexed_rows(store.dataset, questions.vectors, MEASURED, condition, way, share)
     near = (distance <= questions.reach[:, None] + _TIE) & (rows != questions.rows[:, None])
     counts = np.minimum(near.sum(axis=1), questions.there)
     return float(counts.sum() / questions.there.sum())

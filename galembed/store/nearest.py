@@ -118,7 +118,6 @@ def scan_is_faster(passing: int, rows: int, queries: int, count: int, settings: 
 
 def indexed_rows(
     dataset: Any,
-    table: Any,
     vectors: NDArray[np.float32],
     count: int,
     condition: str | None,
@@ -137,15 +136,10 @@ def indexed_rows(
     step = max(1, min(_QUERIES, _CANDIDATES // settings.candidates(count)))
     for start in range(0, len(vectors), step):
         part = vectors[start : start + step]
-        query, numbers = _candidates(dataset, part, count, condition, settings, share)
-        if not len(numbers):
-            continue
-        unique, at = np.unique(numbers, return_inverse=True)
-        there = matrix(_taken(dataset, table, unique, ["vector"]).column("vector"))
-        there = there / np.linalg.norm(there, axis=1, keepdims=True)
+        query, numbers, there = _candidates(dataset, part, count, condition, settings, share)
         for here, vector in enumerate(part):
             mine = np.flatnonzero(query == here)
-            away = 1 - there[at[mine]] @ vector
+            away = 1 - there[mine] @ vector / np.linalg.norm(there[mine], axis=1)
             order = np.argsort(away, kind="stable")[:count]
             rows[start + here, : len(order)] = numbers[mine[order]]
             distance[start + here, : len(order)] = away[order]
@@ -157,16 +151,16 @@ def indexed_rows(
 
 def _candidates(
     dataset: Any, vectors: NDArray[np.float32], count: int, condition: str | None, settings: IndexSearch, share: float
-) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
-    """Return rows that the index thinks near: the number of the query that each is for, and Lance's of the row."""
+) -> tuple[NDArray[np.int64], NDArray[np.uint64], NDArray[np.float32]]:
+    """Return rows that the index thinks near: the query that each is for, Lance's number of it, and its vector."""
     wanted = settings.candidates(count)
     nearest = {"column": "vector", "q": vectors if len(vectors) > 1 else vectors[0], "k": wanted, "metric": "cosine"}
     nearest |= {"nprobes": settings.probes(count, share), "ef": max(settings.ef, wanted)}
-    found = dataset.to_table(["_distance"], condition, nearest=nearest, prefilter=True, with_row_id=True)
+    found = dataset.to_table(["_distance", "vector"], condition, nearest=nearest, prefilter=True, with_row_id=True)
     rows = found.column("_rowid").to_numpy()
     # Lance does not number the queries where there is one.
     query = found.column("query_index").to_numpy() if len(vectors) > 1 else np.zeros(len(rows))
-    return np.asarray(query, np.int64), np.asarray(rows, np.uint64)
+    return np.asarray(query, np.int64), np.asarray(rows, np.uint64), matrix(found.column("vector"))
 
 
 def nearest_rows(
@@ -230,15 +224,10 @@ def take_rows(
     if not len(rows):
         return wanted_schema.empty_table()
     unique, places = np.unique(rows, return_inverse=True)
-    return _taken(dataset, table, unique, columns).take(pa.array(places)).cast(wanted_schema)
-
-
-def _taken(dataset: Any, table: Any, rows: NDArray[np.uint64], columns: Sequence[str]) -> pa.Table:
-    """Return columns of rows by Lance's numbers, which ascend."""
-    if len(rows) <= _FEW:  # LanceDB takes two milliseconds more for this, and Lance longer for more
-        condition = f"_rowid IN ({', '.join(map(str, rows.tolist()))})"
+    if len(unique) <= _FEW:  # LanceDB takes a millisecond more for this, and Lance longer for more
+        condition = f"_rowid IN ({', '.join(map(str, unique.tolist()))})"
         found = dataset.to_table(list(columns), condition, with_row_id=True)
     else:
-        found = table.take_row_ids(rows.tolist()).select(list(columns)).with_row_id().to_arrow()
+        found = table.take_row_ids(unique.tolist()).select(list(columns)).with_row_id().to_arrow()
     order = np.argsort(found.column("_rowid").to_numpy())
-    return found.take(pa.array(order)).select(list(columns))
+    return found.select(list(columns)).take(pa.array(order[places])).cast(wanted_schema)

@@ -203,7 +203,7 @@ def test_rows_far_from_what_the_index_looks_into_are_found(tmp_path, monkeypatch
     build_index(store, "rq", recall=0.1)
     way = IndexSearch("IvfRq", nprobes=1, ef=128, refine=10)
     smooth = store.vectors("kind = 'smooth'")[1][:5]
-    asked = (store.dataset, store.table, smooth, 10, "kind = 'spiral'", way)
+    asked = (store.dataset, smooth, 10, "kind = 'spiral'", way)
     found, distance = indexed_rows(*asked)
     exact, true = nearest_rows(store.dataset, smooth, 10, "kind = 'spiral'")
     assert np.array_equal(found, exact)
