@@ -323,9 +323,13 @@ def graph_layers(model: onnx.ModelProto, backbone: Backbone) -> tuple[Layer, ...
             users.setdefault(name, []).append(node)
     found = []
     for node in model.graph.node:
-        scopes = (scope.removeprefix("encoder.") for scope in reversed(_scopes(node)) if scope.startswith("encoder."))
-        path = next((scope for scope in scopes if scope in families), "")
-        if not path or node.op_type not in ("Conv", "Gemm") or node.input[1] not in constants:
+        if node.op_type not in ("Conv", "Gemm") or node.input[1] not in constants:
+            continue
+        # A convolution that a norm was folded into is said to be traced in the norm; its weight has the right name.
+        places = (node.input[1].removesuffix(".weight"), *reversed(_scopes(node)))
+        paths = (place.removeprefix("encoder.") for place in places if place.startswith("encoder."))
+        path = next((path for path in paths if path in families), "")
+        if not path:
             continue
         result = norm = ""
         if node.op_type == "Conv":

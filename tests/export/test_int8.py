@@ -12,7 +12,7 @@ import torch
 from export.int8 import Grid, Quantiser, graph_layers, grid, mean_output, shares, weight_steps
 from export.onnx import write_graph
 from export.rows import with_rows
-from galembed.backbones import Backbone
+from galembed.backbones import Backbone, FieldOfView, InputContract, save_backbone
 from galembed.errors import BadRequest
 from galembed.mappings import LEGACY_DR2
 from galembed.network import GalaxyNetwork
@@ -67,6 +67,24 @@ def test_linear_layers_hand_on_float32_and_convolutions_8_bits(tiny_backbone: Ba
     }
     linear = [layer for layer in layers if layer.family == "linear"]
     assert [bool(layer.norm) for layer in linear] == [True, False] * (len(linear) // 2)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "families"),
+    [("test_resnet", {"stem", "conv", "linear"}), ("test_efficientnet", {"stem", "conv", "depthwise", "linear"})],
+)
+def test_a_convolution_with_a_norm_folded_in_is_itself(architecture: str, families: set[str], tmp_path: Path) -> None:
+    contract = InputContract(32, FieldOfView(9.0, 8.0, 90.0), LEGACY_DR2)
+    made = GalaxyNetwork.for_contract(architecture, {}, contract, None)
+    weights = {key: value.numpy() for key, value in made.state_dict().items()}
+    args: dict[str, Any] = {"architecture": architecture, "architecture_args": {}, "contract": contract}
+    nothing: dict[str, Any] = {"questions": None, "samples": {}, "provenance": {}}
+    backbone = save_backbone(tmp_path / "folded", name="folded", weights=weights, **args, **nothing)
+    write_graph(backbone, tmp_path / "rows.onnx", rows=True)
+    layers = graph_layers(onnx.load(tmp_path / "rows.onnx"), backbone)
+    convolutions = {path for path, layer in made.encoder.named_modules() if isinstance(layer, torch.nn.Conv2d)}
+    assert {layer.path for layer in layers} == convolutions
+    assert {layer.family for layer in layers} == families
 
 
 def test_an_int8_graph_has_what_was_asked_for_in_8_bits(
