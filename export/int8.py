@@ -36,6 +36,7 @@ from galembed.runtimes.torch import load_network
 _AT_ONCE: Final = 8
 _ROWS: Final = 16
 _IMAGES: Final = 32  # that the error of each layer alone is measured on
+_CONVERTED: Final = 100  # multiplications that take as long as a number on its way from 8 bits to float32 and back
 _BINS: Final = 4096
 _SHARES: Final = (0.25, 0.5, 0.75)
 _MOST: Final = np.iinfo(np.int32).max
@@ -130,13 +131,19 @@ class Quantiser:
         onnx.save(self._rounded(chosen), out)
 
     def costs(self) -> dict[str, float]:
-        """Return the share of each layer in the multiplications of all, by path."""
+        """Return what it costs to leave each layer in float32, by path: multiplications, as a share of all layers'.
+
+        Between convolutions numbers are handed on in 8 bits, so that one in float32 has to have them converted.
+        """
         found: dict[str, float] = {}
+        whole = 0.0
         for layer in self.layers:
             products = self._places[layer.result or layer.source] * self._constants[layer.weight].size
-            found[layer.path] = found.get(layer.path, 0.0) + products
-        whole = sum(found.values())
-        return {path: products / whole for path, products in found.items()}
+            handed = [layer.source, layer.result] if layer.result else []
+            numbers = sum(self._places[tensor] * self._rows[tensor].shape[1] for tensor in handed)
+            found[layer.path] = found.get(layer.path, 0.0) + products + _CONVERTED * numbers
+            whole += products
+        return {path: cost / whole for path, cost in found.items()}
 
     def errors(self, kept: Collection[str] = (), advance: Advance = lambda count: None) -> dict[str, float]:
         """Return what rounding each layer alone adds to the vectors, by path, but for those of the families `kept`.

@@ -16,7 +16,6 @@ from galembed.backbones import Backbone, FieldOfView, InputContract, save_backbo
 from galembed.errors import BadRequest
 from galembed.mappings import LEGACY_DR2
 from galembed.network import GalaxyNetwork
-from galembed.precision import family_costs
 from galembed.runtimes.torch import load_network
 
 
@@ -114,19 +113,30 @@ def test_layers_left_in_float32_are_what_they_were(
     assert (vectors_of(graph, images) * vectors_of(made, images)).sum(axis=1).min() > 0.999
 
 
-def test_the_share_of_each_layer_is_that_of_its_family(
+def test_a_layer_in_float32_costs_its_multiplications_and_a_convolution_what_it_takes_and_gives(
     tiny_backbone: Backbone, tmp_path: Path, images: np.ndarray[Any, Any]
 ) -> None:
     graph = tmp_path / "rows.onnx"
     write_graph(tiny_backbone, graph, rows=True)
     quantiser = Quantiser(graph, tiny_backbone, images, "flux")
+    whole, products, handed = 0, {}, {}
+    encoder = load_network(tiny_backbone).encoder
+
+    def count(path: str) -> Any:
+        def hook(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            products[path] = output.numel() * layer.weight[0].numel()  # type: ignore[index]
+            handed[path] = (inputs[0].numel() + output.numel()) * isinstance(layer, torch.nn.Conv2d)
+
+        return hook
+
+    for path in {layer.path for layer in quantiser.layers}:
+        encoder.get_submodule(path).register_forward_hook(count(path))
+    encoder(torch.zeros(1, 3, 32, 32))
     families = {layer.path: layer.family for layer in quantiser.layers}
-    found: dict[str, float] = {}
-    for path, share in quantiser.costs().items():
-        found[families[path]] = found.get(families[path], 0.0) + share
-    truth = family_costs(load_network(tiny_backbone), tiny_backbone.contract.size)
-    truth.pop("norm")
-    assert found == pytest.approx({name: share / sum(truth.values()) for name, share in truth.items()})
+    linear = {path for path, family in families.items() if family == "linear"}
+    whole = sum(products.values())
+    expected = {path: (products[path] + 100 * handed[path] * (path not in linear)) / whole for path in products}
+    assert quantiser.costs() == pytest.approx(expected)
 
 
 def test_what_single_layers_add_is_what_all_add_together(
