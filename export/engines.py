@@ -35,7 +35,7 @@ _SLOW_IN_INT8: Final = ("depthwise",)
 """Layers that ONNX Runtime takes longer for in int8 than in float32; they are sensitive besides."""
 
 _LEFT: Final = (0.1, 0.2, 0.4, 0.8)  # most that layers in float32 may cost, of all multiplications: tried in turn
-_GONE: Final = 0.99  # of the squared error is enough
+_GONE: Final = 0.9  # of the error is enough
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def export_engines(
     One that differs too much is made again with more and more layers in float32 before it is given up: in 16 bits
     families of layers, those first that have the smallest share of the multiplications; in int8 single layers, those
     first that add the most error for what they cost. int8 begins with a tenth of the multiplications, or less where
-    that takes 99% of the error away.
+    that takes 90% of the error away.
 
     Parameters
     ----------
@@ -186,7 +186,7 @@ class _Workshop:
         families = {layer.path: layer.family for layer in self._quantiser.layers if layer.family not in always}
         with progress(f"{self.name}: the error of each layer", len(families), quiet=self.quiet) as advance:
             errors = self._quantiser.errors(always, advance)
-        chosen = (most_for_least(errors, self._quantiser.costs(), share, _GONE) for share in _LEFT)
+        chosen = (most_for_least(errors, self._quantiser.costs(always), share, _GONE) for share in _LEFT)
         some = [paths for paths in chosen if len(paths) < len(errors)]  # or nothing would be in int8
         return list(dict.fromkeys((*always, *_gathered(paths, families)) for paths in some))
 

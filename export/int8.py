@@ -37,6 +37,7 @@ _AT_ONCE: Final = 8
 _ROWS: Final = 16
 _IMAGES: Final = 32  # that the error of each layer alone is measured on
 _CONVERTED: Final = 100  # multiplications that take as long as a number on its way from 8 bits to float32 and back
+_IN_8_BITS: Final = ("Add", "MaxPool", "Relu")  # what ONNX Runtime does to rounded tensors without restoring them
 _BINS: Final = 4096
 _SHARES: Final = (0.25, 0.5, 0.75)
 _MOST: Final = np.iinfo(np.int32).max
@@ -130,35 +131,43 @@ class Quantiser:
             raise BadRequest(f"{out.name} would have no layer in int8, but for {', '.join(kept) or 'none'}; use fp32")
         onnx.save(self._rounded(chosen), out)
 
-    def costs(self) -> dict[str, float]:
+    def costs(self, kept: Collection[str] = ()) -> dict[str, float]:
         """Return what it costs to leave each layer in float32, by path: multiplications, as a share of all layers'.
 
-        Between convolutions numbers are handed on in 8 bits, so that one in float32 has to have them converted.
+        Numbers that convolutions, but for those of the families `kept`, hand on to each other in 8 bits have to be
+        converted for one in float32.
         """
         found: dict[str, float] = {}
         whole = 0.0
+        handed = _handed_on(self._model, [layer for layer in self.layers if layer.family not in kept])
         for layer in self.layers:
             products = self._places[layer.result or layer.source] * self._constants[layer.weight].size
-            handed = [layer.source, layer.result] if layer.result else []
-            numbers = sum(self._places[tensor] * self._rows[tensor].shape[1] for tensor in handed)
+            tensors = {layer.source, layer.result} & handed
+            numbers = sum(self._places[tensor] * self._rows[tensor].shape[1] for tensor in tensors)
             found[layer.path] = found.get(layer.path, 0.0) + products + _CONVERTED * numbers
             whole += products
         return {path: cost / whole for path, cost in found.items()}
 
     def errors(self, kept: Collection[str] = (), advance: Advance = lambda count: None) -> dict[str, float]:
-        """Return what rounding each layer alone adds to the vectors, by path, but for those of the families `kept`.
+        """Return what rounding each layer alone does to vectors, by path, but for those of the families `kept`.
 
-        It is the mean square of what is added, over that of vectors about their mean: errors of layers add up.
+        It is the spread of the changes of an image's similarities to others, over that of the similarities: what moves
+        all vectors alike, or away from all others, changes no neighbours. Errors of layers roughly add up.
         """
         paths = dict.fromkeys(layer.path for layer in self.layers if layer.family not in kept)
-        truth = self._vectors(self._rounded([]))
-        spread = float(np.square(truth - truth.mean(axis=0)).sum())
+        alike = self._similarities([])
         found = {}
         for path in paths:
-            vectors = self._vectors(self._rounded([layer for layer in self.layers if layer.path == path]))
-            found[path] = float(np.square(vectors - truth).sum()) / max(spread, 1e-30)
+            change = self._similarities([layer for layer in self.layers if layer.path == path]) - alike
+            found[path] = _spread(change) / max(_spread(alike), 1e-30)
             advance(1)
         return found
+
+    def _similarities(self, chosen: Collection[Layer]) -> Floats:
+        session = _session(self._rounded(chosen))
+        parts = [session.run(["vector"], inputs)[0] for inputs in _inputs(self._images, self._kind)]
+        vectors = np.concatenate(parts)
+        return np.asarray(vectors @ vectors.T)
 
     def _rounded(self, chosen: Collection[Layer]) -> onnx.ModelProto:
         model = copy.deepcopy(self._model)
@@ -171,11 +180,6 @@ class Quantiser:
         for layer in chosen:
             self._quantise(writer, layer)
         return writer.finished()
-
-    def _vectors(self, model: onnx.ModelProto) -> Floats:
-        session = _session(model)
-        parts = [session.run(["vector"], inputs)[0] for inputs in _inputs(self._images, self._kind)]
-        return np.concatenate(parts)
 
     def _quantise(self, writer: _Writer, layer: Layer) -> None:
         source, rows, weight = self._grids[layer.source], self._rows[layer.source], self._constants[layer.weight]
@@ -358,6 +362,34 @@ def _norm_before(tensor: str, makers: dict[str, onnx.NodeProto], users: dict[str
         maker = makers.get(tensor)
     alone = maker is not None and len(users[tensor]) == 1 and len(maker.input) == 3
     return maker.name if alone and maker is not None and maker.op_type == "LayerNormalization" else ""
+
+
+def _handed_on(model: onnx.ModelProto, layers: Collection[Layer]) -> set[str]:
+    """Return the tensors by which layers hand on 8 bits to each other, with nothing between that takes float32."""
+    makers = {output: node for node in model.graph.node for output in node.output}
+    results = {layer.result for layer in layers if layer.result}
+
+    def origins(tensor: str) -> set[str]:
+        if tensor in results:
+            return {tensor}
+        maker = makers.get(tensor)
+        if maker is None or maker.op_type not in _IN_8_BITS:
+            return set()
+        return {origin for taken in maker.input for origin in origins(taken)}
+
+    found: set[str] = set()
+    for layer in layers:
+        if from_others := origins(layer.source):
+            found |= {layer.source, *from_others}
+    return found
+
+
+def _spread(alike: Floats) -> float:
+    """Return the mean square of similarities of different images about each image's mean; 0 of fewer than three."""
+    if len(alike) < 3:
+        return 0.0
+    others = alike[~np.eye(len(alike), dtype=bool)].reshape(len(alike), -1)
+    return float(np.square(others - others.mean(axis=1, keepdims=True)).mean())
 
 
 def _observed(
