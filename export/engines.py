@@ -34,8 +34,8 @@ _FEW_SEARCHED: Final = 1000
 _SLOW_IN_INT8: Final = ("depthwise",)
 """Layers that ONNX Runtime takes longer for in int8 than in float32; they are sensitive besides."""
 
-_LEFT: Final = (0.1, 0.2, 0.4, 0.8)  # most that layers in float32 may cost, of all multiplications: tried in turn
-_GONE: Final = 0.9  # of the error is enough
+_LEFT: Final = ((0.1, 0.9), (0.2, 0.99), (0.4, 0.999), (0.8, 1.0))
+"""What layers left in float32 may cost, of all multiplications, and the share of the error that is enough: in turn."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,8 @@ class _Workshop:
         families = {layer.path: layer.family for layer in self._quantiser.layers if layer.family not in always}
         with progress(f"{self.name}: the error of each layer", len(families), quiet=self.quiet) as advance:
             errors = self._quantiser.errors(always, advance)
-        chosen = (most_for_least(errors, self._quantiser.costs(always), share, _GONE) for share in _LEFT)
+        costs = self._quantiser.costs(always)
+        chosen = (most_for_least(errors, costs, most, enough) for most, enough in _LEFT)
         some = [paths for paths in chosen if len(paths) < len(errors)]  # or nothing would be in int8
         return list(dict.fromkeys((*always, *_gathered(paths, families)) for paths in some))
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -369,13 +370,14 @@ def _handed_on(model: onnx.ModelProto, layers: Collection[Layer]) -> set[str]:
     makers = {output: node for node in model.graph.node for output in node.output}
     results = {layer.result for layer in layers if layer.result}
 
-    def origins(tensor: str) -> set[str]:
+    @functools.cache
+    def origins(tensor: str) -> frozenset[str]:
         if tensor in results:
-            return {tensor}
+            return frozenset({tensor})
         maker = makers.get(tensor)
         if maker is None or maker.op_type not in _IN_8_BITS:
-            return set()
-        return {origin for taken in maker.input for origin in origins(taken)}
+            return frozenset()
+        return frozenset().union(*map(origins, maker.input))
 
     found: set[str] = set()
     for layer in layers:
