@@ -20,6 +20,8 @@ from typing import Any, Self
 
 GALEMBED = (sys.executable, "-m", "galembed")
 TICKS = os.sysconf("SC_CLK_TCK")
+KEEPING_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "67108864", "MALLOC_MMAP_THRESHOLD_": "33554432"}
+"""What docs/clusters.md tells glibc in workers."""
 
 
 # --- what is known of a process ---

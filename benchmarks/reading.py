@@ -21,12 +21,12 @@ import time
 from pathlib import Path
 
 from end_to_end import ARCHITECTURE, SIZE, make_material
-from processes import spread, table
+from processes import KEEPING_MEMORY, spread, table
 
 SETTINGS = {
     "none": {},
     "Dask's nanny's": {"MALLOC_TRIM_THRESHOLD_": "65536"},
-    "our recipes'": {"MALLOC_TRIM_THRESHOLD_": "67108864", "MALLOC_MMAP_THRESHOLD_": "33554432"},
+    "our recipes'": KEEPING_MEMORY,
 }
 
 

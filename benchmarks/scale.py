@@ -36,7 +36,7 @@ import lance
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from processes import GALEMBED, Cluster, Watch, cpu_seconds, random_backbone, table
+from processes import GALEMBED, KEEPING_MEMORY, Cluster, Watch, cpu_seconds, random_backbone, table
 from processes import galembed as command
 
 HERE = Path(__file__).resolve()
@@ -51,8 +51,7 @@ ALONE = {
     # As docs/clusters.md has it for schedulers and workers that are started by hand.
     "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False",
     "DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH": "20",
-    "MALLOC_TRIM_THRESHOLD_": "67108864",
-    "MALLOC_MMAP_THRESHOLD_": "33554432",
+    **KEEPING_MEMORY,
 }
 
 

@@ -48,14 +48,14 @@ class ExportReport:
     fidelity : Fidelity
     megabytes : float
         0 for torch in fewer bits, which has no file of its own.
-    tried : mapping of str to Fidelity
-        All that was tried, by the layers left in float32.
+    tried : mapping of tuple of str to Fidelity
+        All that was tried, by what was left in float32, as `EngineRecord.kept`.
     """
 
     record: EngineRecord
     fidelity: Fidelity
     megabytes: float
-    tried: dict[str, Fidelity] = field(default_factory=dict)
+    tried: dict[tuple[str, ...], Fidelity] = field(default_factory=dict)
 
     def __str__(self) -> str:
         size = f" ({self.megabytes:.1f} MB)" if self.megabytes else ""
@@ -144,7 +144,7 @@ class _Workshop:
         self.name = f"{engine_format}-{precision}"
         self.settings: dict[str, object] = {"proved_on": evidence.sources}
         self.few = evidence.trial.part(_FEW_IMAGES, _FEW_SEARCHED)
-        self.tried: dict[str, Fidelity] = {}
+        self.tried: dict[tuple[str, ...], Fidelity] = {}
         self._quantiser = self._calibrated() if precision == "int8" else None
 
     def export(self) -> ExportReport:
@@ -154,7 +154,7 @@ class _Workshop:
             candidate = self.build(kept)
             if self._hopeless(candidate, kept):
                 continue
-            fidelity = self.tried[_words(kept)] = self.compared(candidate, self.evidence.trial, kept)
+            fidelity = self.tried[kept] = self.compared(candidate, self.evidence.trial, kept)
             if not self.tolerance.faults(fidelity):
                 return self.installed(candidate, fidelity)
             logger.info("%s: %s", self.name, "; ".join(self.tolerance.faults(fidelity)))
@@ -164,7 +164,7 @@ class _Workshop:
         """Return whether an engine fails on a part of the images by what a part can tell: among fewer it is easier."""
         if len(self.few.truth.norms) == len(self.evidence.trial.truth.norms):
             return False
-        found = self.tried[_words(kept)] = self.compared(candidate, self.few, kept)
+        found = self.tried[kept] = self.compared(candidate, self.few, kept)
         return found.overlap < self.tolerance.overlap or not found.closeness >= self.tolerance.cosine_p1
 
     def _families(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -254,12 +254,10 @@ class _Workshop:
             return text
         found = dict(self.tried)
         for kept in [(*always, family) for family in families]:
-            if _words(kept) not in found:
-                found[_words(kept)] = self.compared(self.build(kept), self.few, kept)
-        rows = "\n".join(
-            f"  {f'{name}, {one.images:,} images':<52} {one.cosine_p1:>9.6f} {one.overlap:>8.4f}"
-            for name, one in found.items()
-        )
+            if kept not in found:
+                found[kept] = self.compared(self.build(kept), self.few, kept)
+        named = [(f"{told(kept) or 'nothing'}, {one.images:,} images", one) for kept, one in found.items()]
+        rows = "\n".join(f"  {name:<52} {one.cosine_p1:>9.6f} {one.overlap:>8.4f}" for name, one in named)
         return (
             f"{text}. What was left in float32, and what that gave:\n  {'':<52} {'cosine p1':>9} {'overlap':>8}\n{rows}"
         )
@@ -278,6 +276,11 @@ def most_for_least(
         That they may cost together.
     enough : float
         Share of the error; no more layers are taken once they have it.
+
+    Returns
+    -------
+    tuple of str
+        In the order chosen; empty where nothing adds error, or all cost too much.
     """
     chosen: list[str] = []
     left, spent = sum(errors.values()), 0.0
@@ -296,10 +299,6 @@ def _gathered(paths: Collection[str], families: Mapping[str, str]) -> tuple[str,
     """Return layers, those of a family by its name where all are there."""
     whole = set(families.values()) - {families[path] for path in families.keys() - set(paths)}
     return (*sorted(whole), *(path for path in paths if families[path] not in whole))
-
-
-def _words(kept: Sequence[str]) -> str:
-    return told(kept) or "nothing"
 
 
 def _versions() -> dict[str, str]:

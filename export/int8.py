@@ -157,10 +157,11 @@ class Quantiser:
         """
         paths = dict.fromkeys(layer.path for layer in self.layers if layer.family not in kept)
         alike = self._similarities([])
+        spread = max(_spread(alike), 1e-30)
         found = {}
         for path in paths:
             change = self._similarities([layer for layer in self.layers if layer.path == path]) - alike
-            found[path] = _spread(change) / max(_spread(alike), 1e-30)
+            found[path] = _spread(change) / spread
             advance(1)
         return found
 

@@ -19,9 +19,22 @@ from galembed.network import GalaxyNetwork
 from galembed.runtimes.torch import load_network
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def images() -> np.ndarray[Any, np.dtype[np.float32]]:
     return np.random.default_rng(2).normal(50, 100, (12, 3, 32, 32)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def graph(tiny_backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny backbone's graph, as int8 begins with it."""
+    path = tmp_path_factory.mktemp("graphs") / "rows.onnx"
+    write_graph(tiny_backbone, path, rows=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def quantiser(tiny_backbone: Backbone, graph: Path, images: np.ndarray[Any, Any]) -> Quantiser:
+    return Quantiser(graph, tiny_backbone, images, "flux")
 
 
 def network(architecture: str) -> GalaxyNetwork:
@@ -52,9 +65,7 @@ def test_a_network_as_rows_gives_the_same(architecture: str) -> None:
         torch.testing.assert_close(with_rows(before).features(x), before.features(x), rtol=2e-5, atol=2e-5)
 
 
-def test_linear_layers_hand_on_float32_and_convolutions_8_bits(tiny_backbone: Backbone, tmp_path: Path) -> None:
-    graph = tmp_path / "rows.onnx"
-    write_graph(tiny_backbone, graph, rows=True)
+def test_linear_layers_hand_on_float32_and_convolutions_8_bits(tiny_backbone: Backbone, graph: Path) -> None:
     model = onnx.load(graph)
     ops = {node.name: node.op_type for node in model.graph.node}
     layers = graph_layers(model, tiny_backbone)
@@ -120,12 +131,8 @@ def test_a_convolution_with_a_norm_folded_in_is_itself(architecture: str, famili
     assert {layer.family for layer in layers} == families
 
 
-def test_an_int8_graph_has_what_was_asked_for_in_8_bits(
-    tiny_backbone: Backbone, tmp_path: Path, images: np.ndarray[Any, Any]
-) -> None:
-    graph, made = tmp_path / "rows.onnx", tmp_path / "int8.onnx"
-    write_graph(tiny_backbone, graph, rows=True)
-    quantiser = Quantiser(graph, tiny_backbone, images, "flux")
+def test_an_int8_graph_has_what_was_asked_for_in_8_bits(quantiser: Quantiser, tmp_path: Path) -> None:
+    made = tmp_path / "int8.onnx"
     quantiser.write(made, ("stem", "depthwise"))
     model = onnx.load(made)
     onnx.checker.check_model(model)
@@ -137,22 +144,16 @@ def test_an_int8_graph_has_what_was_asked_for_in_8_bits(
 
 
 def test_layers_left_in_float32_are_what_they_were(
-    tiny_backbone: Backbone, tmp_path: Path, images: np.ndarray[Any, Any]
+    quantiser: Quantiser, graph: Path, images: np.ndarray[Any, Any], tmp_path: Path
 ) -> None:
     """With all but a few layers in float32, what was evened out for the others must not show."""
-    graph, made = tmp_path / "rows.onnx", tmp_path / "int8.onnx"
-    write_graph(tiny_backbone, graph, rows=True)
-    quantiser = Quantiser(graph, tiny_backbone, images, "flux")
+    made = tmp_path / "int8.onnx"
     quantiser.write(made, ("stem", "depthwise", "linear"))
     assert (vectors_of(graph, images) * vectors_of(made, images)).sum(axis=1).min() > 0.999
 
 
-def test_a_layer_in_float32_costs_its_multiplications(
-    tiny_backbone: Backbone, tmp_path: Path, images: np.ndarray[Any, Any]
-) -> None:
-    graph = tmp_path / "rows.onnx"
-    write_graph(tiny_backbone, graph, rows=True)
-    costs = Quantiser(graph, tiny_backbone, images, "flux").costs(("depthwise",))
+def test_a_layer_in_float32_costs_its_multiplications(quantiser: Quantiser, tiny_backbone: Backbone) -> None:
+    costs = quantiser.costs(("depthwise",))
     sizes = layer_sizes(load_network(tiny_backbone), set(costs))
     whole = sum(products for products, _, _ in sizes.values())
     assert costs == pytest.approx({path: products / whole for path, (products, _, _) in sizes.items()})
@@ -175,11 +176,9 @@ def test_a_convolution_among_others_costs_what_has_to_be_converted_too(
 
 
 def test_what_single_layers_change_is_what_all_change_together(
-    tiny_backbone: Backbone, tmp_path: Path, images: np.ndarray[Any, Any]
+    quantiser: Quantiser, graph: Path, images: np.ndarray[Any, Any], tmp_path: Path
 ) -> None:
-    graph, made = tmp_path / "rows.onnx", tmp_path / "int8.onnx"
-    write_graph(tiny_backbone, graph, rows=True)
-    quantiser = Quantiser(graph, tiny_backbone, images, "flux")
+    made = tmp_path / "int8.onnx"
     errors = quantiser.errors(("depthwise",))
     assert errors.keys() == {layer.path for layer in quantiser.layers if layer.family != "depthwise"}
     quantiser.write(made, ("depthwise",))
@@ -192,12 +191,7 @@ def test_what_single_layers_change_is_what_all_change_together(
     assert change_of_similarities(truth, vectors_of(made, images)) < 0.95 * together
 
 
-def test_what_moves_all_vectors_alike_changes_nothing(
-    tiny_backbone: Backbone, tmp_path: Path, images: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    graph = tmp_path / "rows.onnx"
-    write_graph(tiny_backbone, graph, rows=True)
-    quantiser = Quantiser(graph, tiny_backbone, images, "flux")
+def test_what_moves_all_vectors_alike_changes_nothing(quantiser: Quantiser, monkeypatch: pytest.MonkeyPatch) -> None:
     alike = np.random.default_rng(0).normal(size=(5, 5)).astype(np.float32)
     changed = iter([alike, *[alike + 0.25] * len(quantiser.layers)])
     monkeypatch.setattr(quantiser, "_similarities", lambda chosen: next(changed))
